@@ -1,0 +1,395 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "torchvision", "matplotlib"]
+# ///
+"""A Bayesian Flow Network (BFN) of MNIST: trains it, samples from it, measures it, for three types of data.
+
+Alice sends Bob an image through noise, a little more accurately with each message. Bob has a belief about each pixel
+on its own (the input distribution, with parameters theta) and improves it with each message by Bayes' rule. A network
+looks at all of these beliefs together and guesses the image (the output distribution): the better it guesses, the
+fewer bits the messages cost. With no Alice, Bob draws her messages from his own guesses, and a new image appears.
+
+This file is all of it, in this order: the three types of data, each a small class with the same methods; the loss;
+the sampler; the likelihood bound; the training loop. Section and equation numbers are those of
+
+    BFN     Graves et al. 2023, Bayesian flow networks, arXiv 2308.07037                  (where no other is named)
+    Solver  Xue et al. 2024, Unifying Bayesian flow networks and diffusion models ..., arXiv 2404.15766
+    PD      Salimans & Ho 2022, Progressive distillation for fast sampling of diffusion models, arXiv 2202.00512
+    VDM     Kingma et al. 2021, Variational diffusion models, arXiv 2107.00630
+
+Time t is float [B] in [0, 1]: at 0 Bob knows nothing of the image, at 1 nearly everything.
+"""
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+SAMPLERS = {"Bayesian updates": False, "ODE": True}  # name: deterministic
+T_0 = 1e-5  # sampling starts here, not at 0, where the continuous belief scaled to unit noise would be 0 / 0
+
+
+def column(t):
+    return t.view(-1, 1, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------- the types of data
+# Each has: x, the data as the messages carry it; beta(t), the accuracy of all messages up to t together, and its slope
+# alpha(t); flow, a belief theta at t; update, Bayes' rule; output, what the network makes of it; and the parts of
+# the output: guess, its mean, and cost, the nats that x still costs under it.
+
+class Continuous:
+    """Grey pixels as real numbers in [-1, 1] (§4). theta is mu, [B, 1, 28, 28]: Bob believes in N(mu, 1 / rho), where
+    rho = 1 + beta(t) is known from t. Once accuracy reaches sigma_1 = 0.001, the 256 grey values, 0.0078 apart, are
+    told apart with certainty."""
+
+    sigma_1 = 0.001
+    scale = 1  # of the squared error in the loss
+    channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; of the network: mu and its Fourier features, v
+    unit, nats_per_unit = "bits/dim", 784 * math.log(2)
+
+    def encode(self, images):
+        """float [B, 1, 28, 28] in [-1, 1] -> x, the same."""
+        return images
+
+    def picture(self, x):
+        """x or a guess of it -> images in [-1, 1], [B, 1, 28, 28]."""
+        return x
+
+    def belief(self, mu):
+        """theta -> the mean of the input distribution, a guess of x."""
+        return mu
+
+    def beta(self, t):
+        """beta(t) = sigma_1^(-2t) - 1                                                                      §4.5"""
+        return self.sigma_1 ** (-2 * t) - 1
+
+    def times(self, u, spacing):
+        """Times from T_0 to 1 for u even in [0, 1]. "paper": t = u. But a digit's shape is settled before t = 0.2, and
+        the other four fifths of such times are spent on grain. "cosine": the noise levels of the cosine schedule of
+        diffusion models, 1 - gamma = sin^2(pi/2 (1 - u)). Since accuracies add up, any times make an exact BFN, and
+        the loss depends on beta's ends only (VDM §4), so that this changes nothing but where work is done."""
+        if spacing == "cosine":
+            u = torch.sin(math.pi / 2 * (1 - u)).log() / math.log(self.sigma_1)
+        return u.clamp(T_0, 1)
+
+    def training_times(self, u):
+        """Every other one of the paper's times, every other one of the cosine spacing."""
+        return torch.where(torch.arange(len(u)) % 2 == 0, u, self.times(u, "cosine"))
+
+    def alpha(self, t):
+        """alpha(t) = d beta / dt = -2 ln(sigma_1) sigma_1^(-2t)"""
+        return -2 * math.log(self.sigma_1) * self.sigma_1 ** (-2 * t)
+
+    def gamma(self, t):
+        """gamma(t) = beta / (1 + beta) = 1 - sigma_1^(2t), the share of the image in mu"""
+        return -torch.expm1(2 * t * math.log(self.sigma_1))
+
+    def flow(self, x, eps, t):
+        """mu ~ N(gamma x, gamma (1 - gamma)), made from noise eps ~ N(0, 1): all messages up to t at once."""
+        gamma = column(self.gamma(t))
+        return gamma * x + (gamma * (1 - gamma)).sqrt() * eps
+
+    def prior(self, eps):
+        """mu at T_0: noise of next to no accuracy, without the image's part in it, which is 0.0001 of the image."""
+        return self.flow(0, eps, torch.full((len(eps),), T_0, device=eps.device))
+
+    def noise(self, mu, x, t):
+        """The eps with which flow makes mu of x."""
+        gamma = column(self.gamma(t))
+        return (mu - gamma * x) / (gamma * (1 - gamma)).sqrt()
+
+    def update(self, mu, x, eps, t, s):
+        """Bayes' rule for a message y about x that takes the accuracy from beta(t) to beta(s), made from noise eps:
+
+        y ~ N(x, 1 / alpha), alpha = beta(s) - beta(t);  rho_s = rho_t + alpha;  mu_s = (rho_t mu + alpha y) / rho_s
+        """
+        rho_t, rho_s = 1 + column(self.beta(t)), 1 + column(self.beta(s))
+        alpha = rho_s - rho_t
+        return (rho_t * mu + alpha * x + alpha.sqrt() * eps) / rho_s
+
+    def predict(self, net, mu, t):
+        """What the network says of mu, [B, out_channels, 28, 28].
+
+        It sees mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, which has unit size at all times, and says
+        v = sqrt(gamma) eps - sqrt(1 - gamma) x, which has, too (PD §4). The paper's network sees mu and predicts eps
+        (§4.7): late, noise of 0.001 on pixels of 1; and early, there is nothing but eps in what it sees.
+        """
+        gamma = self.gamma(t)
+        features = common.fourier_features(mu / column(gamma), ((1 - gamma) / gamma).sqrt())
+        return net(torch.cat([mu / column(gamma).sqrt(), features], dim=1), t)
+
+    def output(self, net, mu, t):
+        """The guess x_hat = sqrt(gamma) (mu / sqrt(gamma)) - sqrt(1 - gamma) v."""
+        return mu - column(1 - self.gamma(t)).sqrt() * self.predict(net, mu, t)
+
+    def guess(self, output):
+        return output.clamp(-1, 1)
+
+    def draw(self, output):
+        """What Bob takes for x when he makes up a message himself."""
+        return self.guess(output)
+
+    def cost(self, x, output):
+        """-ln p(x | theta) in nats, [B], at t = 1: a normal of deviation sigma_1, cut into the 256 grey values (§7)."""
+        return common.discretised_normal_nats(x, self.guess(output), self.sigma_1).flatten(1).sum(1)
+
+
+class Discretized(Continuous):
+    """Grey pixels as 256 values in [-1, 1] (§5): as continuous data, but the network gives a normal for each pixel,
+    whose mass is dealt out to the grey values: all below the lowest to the lowest, all above the highest to it."""
+
+    out_channels = 2
+
+    def output(self, net, mu, t):
+        """Mean and deviation of the normal: as the guess above, and sqrt(1 - gamma) exp(network)."""
+        v, log_sigma = self.predict(net, mu, t).chunk(2, dim=1)
+        noise = column(1 - self.gamma(t)).sqrt()
+        return mu - noise * v, noise * log_sigma.clamp(-5, 5).exp()
+
+    def guess(self, output):
+        return expected_grey(*output)
+
+    def cost(self, x, output):
+        """-ln p(x | theta) in nats, [B], at t = 1."""
+        return common.discretised_normal_nats(x, *output).flatten(1).sum(1)
+
+
+def expected_grey(mean, sigma):
+    """The mean of N(mean, sigma^2) dealt out to the 256 grey values of [-1, 1] (§5.1); all of one shape.
+
+    The sum over the 256 probabilities, but not term by term. In units of grey values, X ~ N(m, s^2) is rounded and
+    clipped to 0..255, whose mean is 0 + sum_{j=1..255} P(X > j - 1/2). For s < 1 only the terms near m differ from 0
+    and 1. For s >= 1 the sum is that of a smooth function at midpoints: the integral, which is the mean of the clipped
+    normal, and the Euler-Maclaurin corrections at its ends. Either is exact to 1e-6.
+    """
+    m, s = (mean + 1) * 127.5, sigma * 127.5
+
+    def Phi(z):
+        return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+
+    def phi(z):
+        return torch.exp(-0.5 * z.clamp(-12, 12) ** 2) / math.sqrt(2 * math.pi)
+
+    narrow = s.clamp(1e-3, 1)
+    middle = m.detach().round().clamp(0, 255)
+    near = middle
+    for i in range(6):
+        up, down = middle + i + 0.5, middle - i - 0.5
+        near = near + (up < 255) * Phi((m - up) / narrow) - (down > 0) * Phi((down - m) / narrow)
+
+    wide = s.clamp(min=1)
+    a, b = -m / wide, (255 - m) / wide
+    far = m + wide * (a * Phi(a) + phi(a) + b * Phi(-b) - phi(b))
+    far = far + (phi(b) - phi(a)) / (24 * wide)
+    far = far - ((b ** 2 - 1) * phi(b) - (a ** 2 - 1) * phi(a)) * 7 / (5760 * wide ** 3)
+    return torch.where(s < 1, near, far) / 127.5 - 1
+
+
+class Discrete:
+    """Pixels as one of K classes (§6). x and theta are [B, K, 28, 28]: x has a 1 at the class and 0 elsewhere; theta
+    is kept as logits z, and the belief is softmax(z)."""
+
+    beta_1 = 9.0  # the paper's text has 3, its released configuration 9
+    unit, nats_per_unit = "nats/image", 1.0
+
+    def __init__(self, K=2):
+        self.K = self.scale = self.channels = self.in_channels = self.out_channels = K
+
+    def encode(self, images):
+        """float [B, 1, 28, 28] in [-1, 1] -> x. A grey value between two classes becomes one of them at random, the
+        nearer the likelier: for K = 2 this is dynamic binarisation, white with the grey value as its probability."""
+        value = (images + 1) / 2 * (self.K - 1)
+        classes = (value + torch.rand(value.shape).to(value.device)).floor().clamp(0, self.K - 1).long()
+        return F.one_hot(classes[:, 0], self.K).movedim(-1, 1).float()
+
+    def picture(self, x):
+        """x or a guess of it, the classes' probabilities -> images in [-1, 1], [B, 1, 28, 28]."""
+        values = torch.linspace(-1, 1, self.K, device=x.device).view(1, -1, 1, 1)
+        return (x * values).sum(1, keepdim=True)
+
+    def belief(self, z):
+        """theta -> the mean of the input distribution, a guess of x."""
+        return z.softmax(1)
+
+    def beta(self, t):
+        """beta(t) = beta(1) t^2                                                                            §6.8"""
+        return self.beta_1 * t ** 2
+
+    def times(self, u, spacing):
+        """Times from T_0 to 1 for u even in [0, 1]: the paper's."""
+        return u.clamp(T_0, 1)
+
+    def training_times(self, u):
+        return u
+
+    def alpha(self, t):
+        """alpha(t) = d beta / dt"""
+        return 2 * self.beta_1 * t
+
+    def flow(self, x, eps, t):
+        """z ~ N(beta (K x - 1), beta K), made from noise eps ~ N(0, 1): all messages up to t at once."""
+        beta = column(self.beta(t))
+        return beta * (self.K * x - 1) + (beta * self.K).sqrt() * eps
+
+    def prior(self, eps):
+        """z at T_0: next to nothing, all classes are equally likely."""
+        return self.flow(1 / self.K, eps, torch.full((len(eps),), T_0, device=eps.device))
+
+    def noise(self, z, x, t):
+        """The eps with which flow makes z of x."""
+        beta = column(self.beta(t))
+        return (z - beta * (self.K * x - 1)) / (beta * self.K).sqrt()
+
+    def update(self, z, x, eps, t, s):
+        """Bayes' rule for a message y about x that takes the accuracy from beta(t) to beta(s), made from noise eps:
+
+        y ~ N(alpha (K x - 1), alpha K), alpha = beta(s) - beta(t);  theta_s ~ theta_t exp(y), that is z_s = z_t + y
+        """
+        alpha = column(self.beta(s) - self.beta(t))
+        return z + alpha * (self.K * x - 1) + (alpha * self.K).sqrt() * eps
+
+    def output(self, net, z, t):
+        """Logits of the output distribution. z is what a pixel's own messages say of it; the network adds what all
+        the others say."""
+        return z + net(2 * z.softmax(1) - 1, t)
+
+    def guess(self, output):
+        return output.softmax(1)
+
+    def draw(self, output):
+        """What Bob takes for x when he makes up a message himself: a class, drawn from his guess."""
+        gumbel = -torch.empty(output.shape).exponential_().log().to(output.device)
+        return F.one_hot((output + gumbel).argmax(1), self.K).movedim(-1, 1).float()
+
+    def cost(self, x, output):
+        """-ln p(x | theta) in nats, [B], at t = 1."""
+        return -(x * output.log_softmax(1)).flatten(1).sum(1)
+
+
+TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discrete}
+
+
+# ------------------------------------------------------------------------------------------------------ the loss
+
+def loss_per_image(net, data, x, t):
+    """An estimate of the continuous-time loss in nats, [B]; its mean over t uniform in [0, 1] is what the messages
+    cost, which is what the image costs but for the reconstruction. x: as data.encode gives it; t: [B].
+
+    L_inf = E_t  scale / 2  alpha(t) ||x - guess(theta, t)||^2
+
+    For continuous data this is  -ln(sigma_1) E_t sigma_1^(-2t) ||x - x_hat||^2   (§4.12; discretized: §5.5),
+    for discrete data            K beta(1) E_t t ||x - e_hat||^2                  (§6.12).
+    """
+    t = t.clamp(min=T_0)
+    theta = data.flow(x, torch.randn(x.shape).to(x.device), t)
+    guess = data.guess(data.output(net, theta, t))
+    return data.scale / 2 * data.alpha(t) * (x - guess).square().flatten(1).sum(1)
+
+
+def stratified(B):
+    """B times, uniform in [0, 1], one in each B-th part, in random order (VDM app. I.1)."""
+    return (torch.randperm(B) + torch.rand(B)) / B
+
+
+def loss(net, data, images):
+    """The training loss of a batch of images, float [B, 1, 28, 28] in [-1, 1]: a scalar."""
+    t = data.training_times(stratified(len(images))).to(images.device)
+    return loss_per_image(net, data, data.encode(images), t).mean() / 784
+
+
+# --------------------------------------------------------------------------------------------------- the sampler
+
+def bayesian_flow(net, data, eps, times, deterministic=False):
+    """From no belief at all to images: yields (t, theta, output) for each of times, increasing, float64 [steps + 1].
+
+    eps, [N, C, 28, 28] ~ N(0, 1), is the noise in the first belief, of accuracy next to nothing. On each step from t
+    to s the network guesses x, and then, either
+
+    - Bob draws x from the output distribution and makes up a message about it: theta_s = update(theta_t, x, noise)
+      (§4.13, §5.6, §6.13). Accuracies add up (§2.4), so that any times will do;
+    - or theta moves to where it would be at s if the image were the guess and the noise in theta_t the same: the
+      first-order solution of the flow's ODE, good with few steps (BFN-Solver1 in Solver §4 and §5).
+    """
+    times = times.float().to(eps.device)[:, None].expand(-1, len(eps))
+    theta = data.prior(eps)
+    for t, s in zip(times[:-1], times[1:]):
+        output = data.output(net, theta, t)
+        yield t[0].item(), theta, output
+        if deterministic:
+            guess = data.guess(output)
+            theta = data.flow(guess, data.noise(theta, guess, t), s)
+        else:
+            theta = data.update(theta, data.draw(output), torch.randn(eps.shape).to(eps.device), t, s)
+    yield 1.0, theta, data.output(net, theta, times[-1])
+
+
+def generate(net, data, n, steps, sampler, spacing="cosine"):
+    """n new images, over `steps` steps of one of SAMPLERS: yields (t, belief, guess) as images [n, 1, 28, 28] in
+    [-1, 1] before each step; the last guess is the image."""
+    device = next(net.parameters()).device
+    eps = torch.randn(n, data.channels, 28, 28).to(device)
+    times = data.times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), spacing)
+    for t, theta, output in bayesian_flow(net, data, eps, times, SAMPLERS[sampler]):
+        x = data.draw(output) if t == 1 else data.guess(output)
+        yield t, data.picture(data.belief(theta)), data.picture(x)
+
+
+# ------------------------------------------------------------------------------------------------ the likelihood
+
+def bound(net, data, images):
+    """An upper bound on the code length of each image in data.unit, as its two terms, [B, 2]: loss plus reconstruction
+    (§2.3). An unbiased estimate, from one t for each image; images are as in `loss`."""
+    x = data.encode(images)
+    messages = loss_per_image(net, data, x, stratified(len(x)).to(x.device))
+    t = torch.ones(len(x), device=x.device)
+    theta = data.flow(x, torch.randn(x.shape).to(x.device), t)
+    reconstruction = data.cost(x, data.output(net, theta, t))
+    return torch.stack([messages, reconstruction], dim=1) / data.nats_per_unit
+
+
+# ---------------------------------------------------------------------------------------------- the training loop
+
+def train(run, model, data):
+    """Train until --epochs are done, from the last finished one on."""
+    while run.unfinished:
+        for images in run.batches():
+            batch_loss = run.check(loss(run.net, data, images))
+            run.optimiser.zero_grad()
+            batch_loss.backward()
+            nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
+            run.optimiser.step()
+            run.ema.update()
+        run.end_epoch(model)
+
+
+def open_run(args):
+    """The run in --out-dir, and its network as a model to sample from and to measure."""
+    data = TYPES[args.data_type]()
+    run = common.Run(args, "bfn-" + args.data_type, f"BFN ({args.data_type})", data.unit, "belief", data.in_channels,
+                     data.out_channels)
+
+    def real(images):  # as the model has them: binarised, for discrete data
+        return common.to_uint8(data.picture(data.encode(common.to_float(images))))
+
+    return run, common.Model(functools.partial(generate, run.net, data), functools.partial(bound, run.net, data),
+                             ["messages", "reconstruction"], list(SAMPLERS), real)
+
+
+def main(argv=None):
+    args = common.arguments(__doc__, argv, data_type=dict(
+        choices=list(TYPES), default="continuous", help="what a pixel is (default %(default)s)"))
+    run, model = open_run(args)
+    with run:
+        if args.sample:
+            common.save_drawn(run, model)
+        else:
+            train(run, model, TYPES[args.data_type]())
+            common.finish(run, model)
+
+
+if __name__ == "__main__":
+    common.command(main)

@@ -1,0 +1,1067 @@
+"""What diffusion.py and bfn.py share: data, network, EMA, a run's files, the Frechet distance and the figures.
+
+Images are uint8 0..255 at the edges and float32 [B, 1, 28, 28] in [-1, 1] inside the models.
+Read `UNet`; the rest is plumbing, in the order in which a run needs it.
+"""
+import argparse
+import contextlib
+import ctypes
+import importlib
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.animation import PillowWriter
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.ticker import LogLocator, MaxNLocator
+from torch import nn
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, nothing stops two processes from sharing a run's folder
+    fcntl = None
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+class Fail(Exception):
+    """Something foreseen went wrong: its message is one line that says what, and what to do."""
+
+
+def arguments(description, argv, **extra):
+    """Parse the flags that both scripts share, and `extra` ones given as name={argparse keywords}."""
+    def number(kind, low, high=math.inf):
+        def parse(text):
+            value = kind(text)
+            if not low <= value < high:  # false for nan too
+                raise argparse.ArgumentTypeError(f"{text} is not {low:g} or more" if high == math.inf
+                                                 else f"{text} is not between {low:g} and {high:g}")
+            return value
+        parse.__name__ = kind.__name__
+        return parse
+
+    count = number(int, 1)
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    add = parser.add_argument
+    add("--epochs", type=count, default=20, help="train until this many epochs are done (default %(default)s)")
+    add("--batch-size", type=count, default=64, metavar="B", help="images a step (default %(default)s)")
+    add("--lr", type=number(float, 1e-9, 1e9), default=2e-3, help="Adam's learning rate (default %(default)s)")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: a GPU if there is one")
+    add("--out-dir", type=Path, default="out", metavar="DIR", help="where runs are kept (default %(default)s)")
+    add("--data-dir", type=Path, default="data", metavar="DIR", help="where data sets lie (default %(default)s)")
+    add("--dataset", choices=["auto", *DATASETS, "drawn"], default="auto",
+        help="default: MNIST, or digits drawn from fonts where it cannot be downloaded")
+    add("--limit", type=count, metavar="N", help="use the first N training and test images (quick tries)")
+    add("--sample", type=count, metavar="N", help="draw N images with a trained network, train nothing")
+    add("--steps", type=count, metavar="S", help="sampling steps")
+    add("--fresh", action="store_true", help="throw away the run that stands there and start over")
+    for name, keywords in extra.items():
+        add("--" + name.replace("_", "-"), **keywords)
+    args = parser.parse_args(argv)
+    args.description = parser.prog
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
+
+
+def command(main):
+    """Run main() as the whole program: exit code 0, or 1 and one line for what can go wrong, or 130 for Ctrl-C."""
+    keep_freed_memory()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of our output is gone, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Fail as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        code = 1
+    else:
+        return
+    sys.stderr.flush()
+    os._exit(code)  # at once: no waiting for threads, no second traceback from a closed pipe
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed memory for the next step instead of handing it back to the kernel.
+
+    Each training step frees and allocates some hundred MB; getting them anew means thousands of page faults.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc: nothing to do
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the largest that glibc takes
+        libc.mallopt(-1, 1 << 30)   # M_TRIM_THRESHOLD
+
+
+class Progress:
+    """One line that tells how far some long work is: in place on a terminal, now and then elsewhere."""
+
+    def __init__(self, label, total, unit="images"):
+        self.label, self.total, self.unit = label, total, unit
+        self.start = self.shown = time.perf_counter()
+
+    def update(self, done, note=""):
+        now = time.perf_counter()
+        if now - self.shown < (0.2 if sys.stdout.isatty() else 30):
+            return
+        self.shown = now
+        rate = done / (now - self.start)
+        left = (self.total - done) / rate
+        text = f"{self.label} {done / self.total:4.0%} {rate:.0f} {self.unit}/s {left:.0f} s left {note}"
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + text[:width].ljust(width), end="", flush=True)
+        else:
+            print(text, flush=True)
+
+    def close(self, text):
+        if sys.stdout.isatty():
+            print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
+        print(text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------ the data
+
+DATASETS = {"mnist": torchvision.datasets.MNIST, "fashion-mnist": torchvision.datasets.FashionMNIST,
+            "kmnist": torchvision.datasets.KMNIST}
+
+
+class Data(NamedTuple):
+    """A whole data set in memory. Labels serve nothing but the classifier of the Frechet distance."""
+    name: str
+    train: torch.Tensor         # uint8 [60000, 1, 28, 28]
+    test: torch.Tensor          # uint8 [10000, 1, 28, 28]
+    train_labels: torch.Tensor  # int64 [60000]
+    test_labels: torch.Tensor   # int64 [10000]
+
+
+def load_data(name, folder, seed):
+    """The data set called name, see --dataset. Raises Fail where it cannot be read, or is not what it should be."""
+    if name == "drawn":
+        return Data("drawn digits", *drawn_data(seed))
+    kind = DATASETS["mnist" if name == "auto" else name]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # torchvision tells of each address it tries
+            parts = [kind(folder, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        have = (Path(folder) / kind.__name__ / "raw").is_dir() and any((Path(folder) / kind.__name__ / "raw").iterdir())
+        if name != "auto" or have:
+            raise Fail(f"{kind.__name__} in {folder} could not be read or downloaded ({first_line(error)}); "
+                       "remove what is broken there, or use --dataset drawn") from None
+        print(f"{kind.__name__} is not in {folder} and could not be downloaded ({first_line(error)}): "
+              "going on with digits drawn from fonts")
+        return Data("drawn digits", *drawn_data(seed))
+    for part, count in zip(parts, (60000, 10000)):
+        if part.data.shape != (count, 28, 28) or part.targets.shape != (count,):
+            raise Fail(f"{kind.__name__} in {folder} holds {tuple(part.data.shape)} values where {(count, 28, 28)} "
+                       "are expected; remove it, so that it is downloaded again")
+    train, test = parts
+    return Data(kind.__name__, train.data[:, None], test.data[:, None], train.targets, test.targets)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def drawn_data(seed):
+    images, labels = drawn_digits(70000, seed)
+    return images[:60000], images[60000:], labels[:60000], labels[60000:]
+
+
+FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold",
+         "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10"]
+
+
+def glyphs():
+    """The digits 0..9 in each of FONTS: float [fonts * 10, 1, 56, 56] in [0, 1], in a box of 40x40 like MNIST's."""
+    images = []
+    for name in FONTS:
+        font = FT2Font(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name + ".ttf")))
+        font.set_size(60, 72)
+        for digit in "0123456789":
+            font.set_text(digit)
+            font.draw_glyphs_to_bitmap()
+            image = torch.tensor(font.get_image()).float()[None, None] / 255
+            rows, columns = image[0, 0].amax(1).nonzero(), image[0, 0].amax(0).nonzero()
+            image = image[:, :, rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+            scale = 40 / max(image.shape)
+            image = F.interpolate(image, scale_factor=scale, mode="bilinear", antialias=True)
+            height, width = image.shape[2:]
+            top, left = (56 - height) // 2, (56 - width) // 2
+            images.append(F.pad(image, (left, 56 - width - left, top, 56 - height - top)))
+    return torch.cat(images)
+
+
+def drawn_digits(n, seed):
+    """n digits drawn from matplotlib's own fonts, and bent: uint8 [n, 1, 28, 28], and labels, int64 [n].
+
+    The ten classes are equally often among them. Each has a stroke of its own thickness, is turned, sheared, stretched
+    and moved, and then bent by a smooth random field. The same n and seed give the same digits, and torch's own random
+    numbers are left alone.
+    """
+    random = torch.Generator().manual_seed(seed)
+    thin = glyphs()
+    thick = F.max_pool2d(thin, 5, stride=1, padding=2)
+    labels = torch.arange(n)[torch.randperm(n, generator=random)] % 10
+    images = []
+    for label in labels.split(2000):
+        B = len(label)
+
+        def uniform(low, high, *shape):
+            return low + (high - low) * torch.rand(B, *shape, generator=random)
+
+        index = torch.randint(len(FONTS), (B,), generator=random) * 10 + label
+        glyph = torch.lerp(thin[index], thick[index], uniform(0, 1, 1, 1, 1))
+        turn, shear, stretch = uniform(-0.25, 0.25), uniform(-0.3, 0.3), uniform(0.95, 1.25, 2)
+        affine = torch.stack([turn.cos() * stretch[:, 0], shear - turn.sin(), uniform(-0.1, 0.1),
+                              turn.sin(), turn.cos() * stretch[:, 1], uniform(-0.1, 0.1)], dim=1).view(B, 2, 3)
+        field = torch.randn(B, 2, 4, 4, generator=random) * uniform(0, 0.12, 1, 1, 1)
+        bend = F.interpolate(field, size=(28, 28), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+        grid = F.affine_grid(affine, (B, 1, 28, 28), align_corners=False) + bend
+        image = F.grid_sample(F.avg_pool2d(glyph, 3, stride=1, padding=1), grid, align_corners=False)
+        images.append((image * 1.3).clamp(0, 1).mul(255).round().byte())
+    return torch.cat(images), labels
+
+
+def to_float(images):
+    """uint8 0..255 -> float32 [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float [-1, 1] -> uint8 0..255, on the CPU; what lies outside is clipped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+
+
+# --------------------------------------------------------------------------------------------------- the network
+
+def fourier_features(x, sigma):
+    """Sines and cosines of the pixels, so that the network can tell grey values apart that differ by 1/255.
+
+    A wave for each of 8 octaves, the fastest with one period per grey value (Kingma et al. 2021, arXiv 2107.00630,
+    app. C). Under noise of deviation sigma a wave of frequency f keeps exp(-(2 pi f sigma)^2 / 2) of itself on
+    average; scaled by it, those that are nothing but noise vanish.
+
+    x: float [B, 1, 28, 28], an unbiased noisy view of the image; sigma: float [B], its noise. Returns [B, 16, 28, 28].
+    """
+    omega = 2 * math.pi * 127.5 / 2 ** torch.arange(8, device=x.device).view(1, -1, 1, 1)
+    damping = torch.exp(-0.5 * (omega * sigma.view(-1, 1, 1, 1)) ** 2)
+    phase = omega * (x + 1)
+    return torch.cat([damping * phase.sin(), damping * phase.cos()], dim=1)
+
+
+def time_features(t):
+    """Sinusoidal features of t, float [B] in [0, 1] -> [B, 64] (Vaswani et al. 2017, arXiv 1706.03762, §3.5)."""
+    angles = t[:, None] * torch.logspace(0.5, 3, 32, device=t.device)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class ShuffleUnit(nn.Module):
+    """Half of the channels pass through two 3x3 convolutions, a quarter of the work of all of them; the other half
+    waits. The channel shuffle then deals both out anew, so that each channel has its turn (ShuffleNet, §3.1)."""
+
+    def __init__(self, channels, time_channels):
+        super().__init__()
+        half = channels // 2
+        self.norm1 = nn.GroupNorm(8, half)
+        self.conv1 = nn.Conv2d(half, half, 3, padding=1)
+        self.time = nn.Linear(time_channels, half)
+        self.norm2 = nn.GroupNorm(8, half)
+        self.conv2 = nn.Conv2d(half, half, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # a unit starts as nothing but a shuffle
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, time):
+        """x: [B, channels, H, W]; time: [B, time_channels]."""
+        waiting, h = x.chunk(2, dim=1)
+        residual = self.conv1(F.silu(self.norm1(h))) + self.time(time)[:, :, None, None]
+        h = h + self.conv2(F.silu(self.norm2(residual)))
+        return F.channel_shuffle(torch.cat([waiting, h], dim=1), 2)
+
+
+class UNet(nn.Module):
+    """The shuffled U-Net: [B, in_channels, 28, 28] and t [B] in [0, 1] -> [B, out_channels, 28, 28].
+
+    The first layer folds 2x2 pixels into one, so that nothing is computed at 28x28; half-way down, 14x14 becomes 7x7.
+    In between are dense 3x3 convolutions in channels_last memory: what a CPU is fastest at, by far.
+    """
+
+    def __init__(self, in_channels, out_channels, wide=64, deep=128, units=(1, 5, 1), time_channels=128):
+        super().__init__()
+        down, middle, up = units
+        self.time = nn.Sequential(nn.Linear(64, time_channels), nn.SiLU(),
+                                  nn.Linear(time_channels, time_channels), nn.SiLU())
+        self.stem = nn.Conv2d(in_channels, wide, 2, stride=2)                          # 28x28 -> 14x14
+        self.down = nn.ModuleList(ShuffleUnit(wide, time_channels) for _ in range(down))
+        self.shrink = nn.Conv2d(wide, deep, 2, stride=2)                               # 14x14 -> 7x7
+        self.middle = nn.ModuleList(ShuffleUnit(deep, time_channels) for _ in range(middle))
+        self.grow = nn.ConvTranspose2d(deep, wide, 2, stride=2)                        # 7x7 -> 14x14
+        self.up = nn.ModuleList(ShuffleUnit(wide, time_channels) for _ in range(up))
+        self.norm = nn.GroupNorm(8, wide)
+        self.head = nn.ConvTranspose2d(wide, out_channels, 2, stride=2)                # 14x14 -> 28x28
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x, t):
+        time = self.time(time_features(t))
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        for unit in self.down:
+            x = unit(x, time)
+        h = self.shrink(x)
+        for unit in self.middle:
+            h = unit(h, time)
+        x = x + self.grow(h)  # the skip connection
+        for unit in self.up:
+            x = unit(x, time)
+        return self.head(F.silu(self.norm(x)))
+
+
+class EMA:
+    """Average of the weights over the run, the later the heavier: this is the network that samples and is measured.
+
+    After n steps the weights of step i count in proportion to (i / n)^power (Karras et al. 2024, arXiv 2312.02696,
+    eq. 1 to 3). The average so reaches back a fixed share of the run, however long that is: it needs no warm-up of
+    its own and stands in for a decay of the learning rate, whose course would have to know when the run ends.
+    """
+
+    def __init__(self, net, power):
+        self.net = net
+        self.power = power
+        self.steps = 0
+        self.weights = [p.detach().clone() for p in net.parameters()]
+
+    @torch.no_grad()
+    def update(self):
+        self.steps += 1
+        beta = (1 - 1 / self.steps) ** (self.power + 1)
+        torch._foreach_lerp_(self.weights, list(self.net.parameters()), 1 - beta)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Within this block the network has the averaged weights, and no gradients are kept."""
+        kept = [p.data for p in self.net.parameters()]
+        for p, average in zip(self.net.parameters(), self.weights):
+            p.data = average
+        try:
+            with torch.no_grad():
+                yield self.net
+        finally:
+            for p, data in zip(self.net.parameters(), kept):
+                p.data = data
+
+
+# --------------------------------------------------------------------------------------------------------- a run
+
+WARM_UP = 400     # steps over which the learning rate rises; after that it stays, so that any run can be prolonged
+EMA_POWER = 6.94  # averages over about the last tenth of the run (sigma_rel = 0.1 of the EMA's paper)
+
+
+class Run:
+    """A run's folder and all that is in it: network, average, optimiser, history. A context manager: it holds a lock.
+
+    Opening it checks that the settings are those of the run that stands there, if one does, and loads its state.
+    """
+
+    def __init__(self, args, model, title, unit, state_name, in_channels, out_channels):
+        self.args, self.model, self.title, self.unit, self.state_name = args, model, title, unit, state_name
+        self.folder = args.out_dir / model
+        self.device = torch.device(args.device)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise Fail("--device cuda: there is no CUDA GPU that this torch can use; try --device cpu")
+        if args.device == "mps" and not torch.backends.mps.is_available():
+            raise Fail("--device mps: there is no Apple GPU that this torch can use; try --device cpu")
+        torch.manual_seed(args.seed)
+        self.net = UNet(in_channels, out_channels).to(self.device)
+        self.ema = EMA(self.net, EMA_POWER)
+        self.optimiser = torch.optim.AdamW(self.net.parameters(), betas=(0.9, 0.99), fused=True)
+        self.history, self.previews, self.final, self.frechet_curve = [], {}, {}, {}
+        self.dataset = None
+        self.found = (self.folder / "checkpoint.pt").exists() and not args.fresh
+        if self.found:
+            self.load()
+        elif args.sample:
+            raise Fail(f"{self.folder} holds no trained network to sample from; train one first, without --sample")
+        if not args.sample:
+            self.data = load_data(args.dataset, args.data_dir, args.seed)
+            self.train, self.test = self.data.train[:args.limit], self.data.test[:args.limit]
+            if args.batch_size > len(self.train):
+                raise Fail(f"--batch-size {args.batch_size} is more than the {len(self.train)} training images")
+            self.check_settings()
+            self.dataset = self.data.name
+
+    def settings(self):
+        """What makes a run this run and no other."""
+        if self.args.sample:
+            return self.saved_settings
+        return {"model": self.model, "dataset": self.data.name, "batch_size": self.args.batch_size,
+                "lr": self.args.lr, "seed": self.args.seed, "limit": self.args.limit}
+
+    def check_settings(self):
+        if not self.found:
+            return
+        here = self.settings()
+        other = [f"{key} {old} there, {here[key]} here" for key, old in self.saved_settings.items() if here[key] != old]
+        if other:
+            raise Fail(f"the run in {self.folder} has other settings ({'; '.join(other)}): "
+                       "give those, or another --out-dir, or --fresh to throw that run away")
+
+    def load(self):
+        path = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
+            self.saved_settings = state["settings"]
+            model = self.saved_settings["model"]
+            if model == self.model:
+                self.net.load_state_dict(state["net"])
+                self.optimiser.load_state_dict(state["optimiser"])
+                for average, saved in zip(self.ema.weights, state["ema"], strict=True):
+                    average.copy_(saved)
+                self.ema.steps = state["steps"]
+                self.history, self.previews = state["history"], state["previews"]
+                self.random_state = state["random_state"]
+                self.dataset = self.saved_settings["dataset"]
+                with contextlib.suppress(OSError, ValueError, KeyError):  # without it, it is measured again
+                    metrics = json.loads((self.folder / "metrics.json").read_text())
+                    self.final = metrics["final"]
+                    if metrics["frechet_curve"].get("epochs") == len(self.history):
+                        self.frechet_curve = metrics["frechet_curve"]
+        except OSError:
+            raise
+        except Exception as error:  # whatever a file that is no checkpoint of ours makes torch raise
+            raise Fail(f"{path} is not a checkpoint that can be used ({type(error).__name__}: {first_line(error)}); "
+                       "it is left as it is: move it away, or start over with --fresh") from None
+        if model != self.model:
+            raise Fail(f"{path} is a checkpoint of {model}, not of {self.model}; it is left as it is: "
+                       "move it away, or start over with --fresh")
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / ".lock", "w")
+        if fcntl:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when we die
+            except BlockingIOError:
+                raise Fail(f"another process is at work in {self.folder}; wait for it, or use another --out-dir") \
+                    from None
+        if self.args.fresh:
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "epochs", ignore_errors=True)
+        if not self.args.sample:
+            if self.found:
+                torch.set_rng_state(self.random_state)
+            (self.folder / "epochs").mkdir(exist_ok=True)
+            done = f", {len(self.history)} epochs done" if self.found else ""
+            print(f"{self.title} on {self.dataset}: {len(self.train)} training images, {self.parameters:,} parameters, "
+                  f"{self.device.type}{done} -> {self.folder}")
+        return self
+
+    def __exit__(self, *exception):
+        self.lock.close()
+
+    @property
+    def parameters(self):
+        return sum(p.numel() for p in self.net.parameters())
+
+    @property
+    def unfinished(self):
+        return len(self.history) < self.args.epochs
+
+    def batches(self):
+        """One epoch of shuffled batches, float [B, 1, 28, 28]; a last one that is smaller is left out."""
+        self.epoch = len(self.history) + 1
+        self.losses = []
+        size = self.args.batch_size
+        count = len(self.train) // size
+        order = torch.randperm(len(self.train))
+        self.progress = Progress(f"epoch {self.epoch}/{self.args.epochs}", count * size)
+        for i in range(count):
+            self.optimiser.param_groups[0]["lr"] = self.args.lr * min(1, (self.ema.steps + 1) / WARM_UP)
+            yield to_float(self.train[order[i * size:(i + 1) * size]]).to(self.device)
+            self.progress.update((i + 1) * size, f"loss {self.losses[-1]:.4f}")
+
+    def check(self, loss):
+        """Note the loss of a batch and hand it back. Raises Fail where it is no longer a number."""
+        self.losses.append(loss.item())
+        if not math.isfinite(self.losses[-1]):
+            raise Fail(f"the loss is {self.losses[-1]} at step {len(self.losses)} of epoch {self.epoch} with --lr "
+                       f"{self.args.lr:g}: try a smaller one; what earlier epochs trained is kept")
+        return loss
+
+    def end_epoch(self, model):
+        """Measure, draw nine digits, write the checkpoint: after this, the epoch cannot be lost."""
+        seconds = time.perf_counter() - self.progress.start
+        with self.ema.averaged():
+            test = self.measure(model.bound, self.args.seed).sum(1)
+            preview = draw(model, 9, PREVIEW_STEPS, model.samplers[1], self.args.seed)
+        rate = len(self.losses) * self.args.batch_size / seconds
+        row = {"epoch": self.epoch, "seconds": seconds, "images_per_second": rate,
+               "train_loss": sum(self.losses) / len(self.losses), "test": test.mean().item(),
+               "test_se": standard_error(test)}
+        self.progress.close(f"epoch {self.epoch}/{self.args.epochs}: {seconds:.0f} s, {rate:.0f} images/s, training loss "
+                            f"{row['train_loss']:.4f}, test {row['test']:.3f} +- {row['test_se']:.3f} {self.unit}")
+        self.history.append(row)
+        self.previews[self.epoch] = preview
+        self.save()
+        self.save_preview(self.epoch, preview)
+
+    def save_preview(self, epoch, images):
+        path = self.folder / "epochs" / f"epoch_{epoch:03}.png"
+        if not path.exists():
+            save_samples(path, images, f"{self.title} on {self.dataset}, epoch {epoch}")
+
+    def measure(self, bound, seed):
+        """bound's terms for each test image, [len(test), parts]."""
+        with seeded(seed):
+            return torch.cat([bound(to_float(images).to(self.device)) for images in self.test.split(500)]).cpu()
+
+    def save(self):
+        state = {"settings": self.settings(), "net": self.net.state_dict(), "ema": self.ema.weights,
+                 "optimiser": self.optimiser.state_dict(), "steps": self.ema.steps, "history": self.history,
+                 "previews": self.previews, "random_state": torch.get_rng_state()}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write(self.folder / "checkpoint.pt", lambda path: path.write_bytes(buffer.getbuffer()))
+        self.write_metrics()
+
+    def write_metrics(self):
+        metrics = {"settings": self.settings(), "dataset": self.dataset, "title": self.title, "unit": self.unit,
+                   "parameters": self.parameters, "device": self.device.type, "threads": torch.get_num_threads(),
+                   "history": self.history, "final": self.final, "frechet_curve": self.frechet_curve}
+        write(self.folder / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
+
+
+# -------------------------------------------------------------------------------------- drawing and measuring it
+
+PREVIEW_STEPS = 50   # of a deterministic sampler: for the nine digits after each epoch, and the Frechet distance
+CURVE_STEPS = (10, 20, 50, 100, 250, 1000)
+CURVE_COUNT = 500
+
+
+def draw(model, n, steps, sampler, seed, label=None):
+    """n images, uint8 [n, 1, 28, 28]: the last guesses of model.generate, of at most 500 at a time."""
+    progress = Progress(label, n) if label else None
+    images = []
+    with seeded(seed):
+        for start in range(0, n, 500):
+            for _, _, guess in model.generate(min(500, n - start), steps, sampler):
+                pass
+            images.append(to_uint8(guess))
+            if progress:
+                progress.update(start + len(guess))
+    return torch.cat(images)
+
+
+@contextlib.contextmanager
+def seeded(seed):
+    """Within this block random numbers start from seed; after it they go on as if it had not been."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        yield
+
+
+def standard_error(values):
+    return (values.std() / len(values) ** 0.5).item()
+
+
+def discretised_normal_nats(x, mean, sigma):
+    """-ln of the share of N(mean, sigma^2) in the bin of each x, one of the 256 grey values in [-1, 1] (DDPM eq. 13).
+
+    A bin reaches half-way to the next value, the first and the last one to infinity. All tensors of one shape, or
+    sigma a number. Differences of the distribution function are taken in its logarithm and its smaller tail, and
+    1000 deviations count as infinitely far: nothing under- or overflows, gradients included.
+    """
+    far = 1e3
+    low = torch.where(x < -1 + 1 / 255, -far, ((x - 1 / 255 - mean) / sigma).clamp(-far, far))
+    high = torch.where(x > 1 - 1 / 255, far, ((x + 1 / 255 - mean) / sigma).clamp(-far, far))
+    upper = low + high > 0
+    low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
+    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    return -(log_high + torch.log(-torch.expm1((log_low - log_high).clamp(max=-1e-6))))
+
+
+# ------------------------------------------------------------------------------------------ the Frechet distance
+
+def classifier():
+    """A small network that names digits: its last hidden layer, 64 features, is where images are compared."""
+    return nn.Sequential(nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.SiLU(),
+                         nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2),
+                         nn.Conv2d(64, 128, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(),
+                         nn.Linear(128 * 9, 64), nn.SiLU(), nn.Linear(64, 10)).to(memory_format=torch.channels_last)
+
+
+def trained_classifier(data, folders):
+    """The classifier for a data set, from the first of folders that holds it, else trained (half a minute) and kept in
+    the first that can be written."""
+    name = f"classifier-{data.name.lower().replace(' ', '-')}.pt"
+    net = classifier()
+    for folder in folders:
+        with contextlib.suppress(Exception):  # not there, or not readable: then it is trained again
+            net.load_state_dict(torch.load(Path(folder) / name, weights_only=True))
+            return net
+    epochs, size = 4, 128
+    steps = len(data.train) // size
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        net = classifier()
+        optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=epochs * steps)
+        progress = Progress("classifier of the Frechet distance:", epochs * steps * size)
+        for epoch in range(epochs):
+            order = torch.randperm(len(data.train))
+            for i in range(steps):
+                chosen = order[i * size:(i + 1) * size]
+                loss = F.cross_entropy(net(to_float(data.train[chosen])), data.train_labels[chosen])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                progress.update((epoch * steps + i + 1) * size)
+    with torch.no_grad():
+        right = sum((net(to_float(images)).argmax(1) == labels).sum().item() for images, labels in
+                    zip(data.test.split(500), data.test_labels.split(500)))
+    progress.close(f"classifier of the Frechet distance: {right / len(data.test):.2%} of test images named rightly")
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write(Path(folder) / name, lambda path: torch.save(net.state_dict(), path))
+            break
+    return net
+
+
+@torch.no_grad()
+def features(net, images):
+    """uint8 [N, 1, 28, 28] -> the classifier's features, float64 [N, 64]."""
+    return torch.cat([net[:-2](to_float(part)) for part in images.split(500)]).double()
+
+
+def frechet_distance(a, b):
+    """Squared Frechet distance of the normals fitted to features a and b, float64 [N, D] (Dowson & Landau 1982):
+
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))
+    """
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root).item()
+
+
+# --------------------------------------------------------------------------------------------------- the figures
+
+DPI = 200
+MARGIN = 40  # pixels of white around a figure and between grids
+COLOURS = ["#2b6cb0", "#dd6b20", "#2f855a", "#805ad5"]
+matplotlib.rcParams.update({
+    "font.size": 9, "axes.titlesize": 10, "axes.titlepad": 8, "legend.fontsize": 8, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6",
+})
+
+
+def write(path, save):
+    """Call save(temporary name in the same folder), then rename: a run killed half-way leaves no broken file at path."""
+    temporary = path.with_name("part-" + path.name)  # the suffix stays: it tells matplotlib the format
+    try:
+        save(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+
+
+def draw_axes(count, width, height, title, left=MARGIN, bottom=MARGIN, top=20):
+    """Title above count axes side by side, each of width x height pixels, with left pixels before each."""
+    full_width = count * (left + width) + MARGIN
+    letters = (full_width - 2 * MARGIN) // 19  # a bold letter takes about 19 pixels
+    lines = len(textwrap.wrap(title, letters))
+    while len(textwrap.wrap(title, letters - 1)) == lines:
+        letters -= 1  # lines of about equal length rather than a lone last word
+    full_height = bottom + height + top + 44 * lines + MARGIN
+    figure = Figure(figsize=(full_width / DPI, full_height / DPI), dpi=DPI)
+    figure.text(MARGIN / full_width, 1 - MARGIN / full_height, textwrap.fill(title, letters),
+                size=11, weight="bold", va="top")
+    y, h, w = bottom / full_height, height / full_height, width / full_width
+    xs = [(left + i * (left + width)) / full_width for i in range(count)]
+    return figure, [figure.add_axes([x, y, w, h]) for x in xs]
+
+
+def tile(images, columns):
+    """Digits [N,1,28,28] -> one picture [N/columns*29-1, columns*29-1], with white lines between them."""
+    tiles = torch.nn.functional.pad(images[:, 0], (0, 1, 0, 1), value=255)
+    tiles = tiles.unflatten(0, (-1, columns)).transpose(1, 2)  # [rows, 29, columns, 29]
+    return tiles.flatten(2).flatten(0, 1)[:-1, :-1].numpy()
+
+
+def draw_grids(panels, title, columns=3, left=MARGIN, scale=8):
+    """Digit grids side by side, panels = list of (label, uint8 [N,1,28,28]) -> (figure, shown pictures)."""
+    pictures = [tile(images, columns) for _, images in panels]
+    height, width = pictures[0].shape
+    scale = min(scale, 1640 // (width * len(panels)))  # whole screen pixels per digit pixel: crisp digits
+    top = 60 if panels[0][0] else 20
+    figure, axes = draw_axes(len(panels), width * scale, height * scale, title, left, top=top)
+    shown = []
+    for axis, picture, (label, _) in zip(axes, pictures, panels):
+        axis.set(title=label, xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        axis.grid(False)
+        shown.append(axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest"))
+    return figure, shown
+
+
+def save_side_by_side(path, panels, title):
+    """One 3x3 grid per panel, panels = list of (label, uint8 [9,1,28,28])."""
+    write(path, draw_grids(panels, title)[0].savefig)
+
+
+def save_samples(path, images, title):
+    """One 3x3 grid of images, uint8 [9,1,28,28]."""
+    save_side_by_side(path, [("", images)], title)
+
+
+def save_training(path, epoch_images, title):
+    """Samples as training goes on: epoch_images = {epoch: uint8 [9,1,28,28]}, up to six epochs."""
+    save_side_by_side(path, [(f"epoch {epoch}", images) for epoch, images in epoch_images.items()], title)
+
+
+def save_steps(path, rows, times, title):
+    """Sampling from left to right: rows = list of (label, uint8 [10,1,28,28]), times = list of 10 strings."""
+    labels = [label for label, _ in rows]
+    images = torch.cat([images for _, images in rows])
+    left = 2 * MARGIN + 13 * max(len(label) for label in labels)
+    figure, [shown] = draw_grids([(" ", images)], title, columns=len(times), left=left)
+    shown.axes.set_xticks([29 * i + 13.5 for i in range(len(times))], times)
+    shown.axes.set_yticks([29 * i + 13.5 for i in range(len(rows))], labels)
+    shown.axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    write(path, figure.savefig)
+
+
+def save_gif(path, panels, title, fps=12):
+    """Sampling as a film: panels = list of (label, uint8 [F,9,1,28,28])."""
+    # noise hardly compresses: six shades of grey instead of 256 make a file of less than half the size
+    panels = [(label, (frames.int() + 25) // 51 * 51) for label, frames in panels]
+    scale = 8 if len(panels) == 1 else 6
+    figure, shown = draw_grids([(label, frames[0]) for label, frames in panels], title, scale=scale)
+    last = len(panels[0][1]) - 1
+    order = list(range(last)) + [last] * (3 * fps // 2)  # hold the finished digits for 1.5 seconds
+
+    def save(temporary):
+        writer = PillowWriter(fps=fps)
+        with writer.saving(figure, temporary, dpi=DPI // 2):
+            for i in order:
+                for image, (_, frames) in zip(shown, panels):
+                    image.set_data(tile(frames[i], 3))
+                writer.grab_frame()
+
+    write(path, save)
+
+
+def draw_curve(axis, history, x, y, colour, label=None):
+    """Plot column y of history over column x; a test result gets a band of +- one standard error."""
+    xs = [row[x] for row in history]
+    ys = [row[y] for row in history]
+    axis.plot(xs, ys, ".-", color=colour, label=label)
+    if y == "test":
+        low = [row["test"] - row["test_se"] for row in history]
+        high = [row["test"] + row["test_se"] for row in history]
+        axis.fill_between(xs, low, high, color=colour, alpha=0.25, linewidth=0)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def zoom(axis):
+    """Let first epochs that are far off scale leave through the top, to keep later progress visible."""
+    if not axis.lines:
+        return
+    low = axis.dataLim.ymin
+    curves = [line.get_ydata() for line in axis.lines]
+    late = max(max(curve[1 + len(curve) // 10:], default=low) for curve in curves)
+    high = min(axis.dataLim.ymax, low + 2.5 * (late - low))
+    if high > low:
+        margin = 0.06 * (high - low)
+        axis.set_ylim(low - margin, high + margin)
+
+
+def save_curves(path, history, unit, title):
+    """Training loss and test result: history = list of {epoch, seconds, train_loss, test, test_se}."""
+    figure, axes = draw_axes(2, 720, 460, title, left=170, bottom=120)
+    names = {"train_loss": "training loss", "test": f"test {unit} (± standard error)"}
+    for axis, (column, name) in zip(axes, names.items()):
+        draw_curve(axis, history, "epoch", column, COLOURS[0])
+        zoom(axis)
+        axis.set(xlabel="epoch", ylabel=name)
+    write(path, figure.savefig)
+
+
+def save_comparison_curves(path, runs, title):
+    """Test bits/dim over epochs and seconds, Frechet distance over steps: runs = {name: metrics}."""
+    colours = dict(zip(runs, COLOURS))
+    histories = {name: run["history"] for name, run in runs.items() if run["unit"] == "bits/dim"}
+    frechet = {name: run["frechet_curve"] for name, run in runs.items() if run.get("frechet_curve")}
+    count = 3 if frechet else 2
+    figure, axes = draw_axes(count, 1860 // count - 160, 460, title, left=160, bottom=120)
+    for axis, x, xlabel in zip(axes, ["epoch", "seconds"], ["epoch", "training time (seconds)"]):
+        for name, history in histories.items():
+            draw_curve(axis, history, x, "test", colours[name], name)
+        zoom(axis)
+        axis.set(xlabel=xlabel, ylabel="test bits/dim (± standard error)")
+    for name, result in frechet.items():
+        for (sampler, curve), style in zip(result["curves"].items(), ["o-", "s--", "^:"]):
+            steps = [int(step) for step in curve]
+            axes[2].loglog(steps, list(curve.values()), style, color=colours[name], markersize=4,
+                           label=f"{name}, {sampler}")
+    if frechet:
+        axes[2].axhline(result["floor"], color="#888888", linestyle="--", linewidth=1, label="real digits")
+        axes[2].set(xlabel="sampling steps", ylabel=f"Fréchet distance of {result['count']} samples")
+        axes[2].set_ylim(top=5 * axes[2].get_ylim()[1])  # room for the legend
+        axes[2].minorticks_off()
+        for ticks in (axes[2].xaxis, axes[2].yaxis):
+            ticks.set_major_locator(LogLocator(subs=[1, 2, 5]))
+            ticks.set_major_formatter("{x:g}")
+    for axis in axes:
+        axis.legend(loc="upper right")
+    write(path, figure.savefig)
+
+
+# -------------------------------------------------------------------------------------------------- a run's results
+
+class Model(NamedTuple):
+    """What a script lends to the functions below: its network as a generator of images and as a measure of them."""
+    generate: object   # (n, steps, sampler) -> (t, state, guess) for each step, [n, 1, 28, 28] in [-1, 1]; see `draw`
+    bound: object      # images [B, 1, 28, 28] in [-1, 1] -> [B, parts], their sum is the bound on each code length
+    parts: list        # names of the parts
+    samplers: list     # names of the paper's stochastic sampler, and of the deterministic one
+    real: object = lambda images: images  # uint8 images -> uint8, as the model has them
+
+
+def sampler_for(steps, model):
+    """The paper's sampler where there are steps enough for it, the deterministic one for fewer."""
+    return model.samplers[0 if steps >= 1000 else 1]
+
+
+def save_drawn(run, model):
+    """--sample N: draw N images with the averaged network, into samples.pt, and nine of them into samples.png."""
+    steps = run.args.steps or PREVIEW_STEPS
+    sampler = sampler_for(steps, model)
+    start = time.perf_counter()
+    with run.ema.averaged():
+        images = draw(model, run.args.sample, steps, sampler, run.args.seed, "drawing")
+    write(run.folder / "samples.pt", lambda path: torch.save(images, path))
+    nine = torch.cat([images, torch.zeros(9, 1, 28, 28, dtype=torch.uint8)])[:9]
+    save_samples(run.folder / "samples.png", nine, f"{run.title} on {run.dataset}: {steps} steps, {sampler}")
+    print(f"{len(images)} images in {time.perf_counter() - start:.1f} s ({steps} steps, {sampler}) -> "
+          f"{run.folder / 'samples.pt'}")
+
+
+def finish(run, model):
+    """What a run leaves at its end: final figures of merit (measured once), pictures, and the comparison."""
+    with run.ema.averaged():
+        if run.final.get("epochs") != len(run.history):
+            run.final = measure_final(run, model)
+            run.write_metrics()
+        save_figures(run, model)
+    print(describe(run))
+    compare(run, model)
+
+
+def describe(run):
+    final = run.final
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in final["parts"].items())
+    text = (f"{run.title} on {run.dataset}, {len(run.history)} epochs: {final['bound']:.3f} +- {final['bound_se']:.3f} "
+            f"{run.unit} ({parts})")
+    if "frechet" in final:
+        text += (f"; Frechet distance of {final['frechet_count']} images {final['frechet']:.2f}, "
+                 f"of as many real ones {final['frechet_floor']:.2f}")
+    return text
+
+
+def measure_final(run, model):
+    """The bound on the whole test set, from five estimates for each image; Frechet distance; time for nine digits."""
+    terms = torch.stack([run.measure(model.bound, seed=run.args.seed + i) for i in range(5)]).mean(0)
+    final = {"epochs": len(run.history), "bound": terms.sum(1).mean().item(), "bound_se": standard_error(terms.sum(1)),
+             "parts": dict(zip(model.parts, terms.mean(0).tolist()))}
+    start = time.perf_counter()
+    draw(model, 9, PREVIEW_STEPS, model.samplers[1], run.args.seed)
+    final["seconds_nine"] = time.perf_counter() - start
+    count = min(10000, len(run.train), len(run.test))
+    if count >= 1000:  # fewer say nothing
+        judge = Judge(run, model, count)
+        final |= {"frechet_count": count, "frechet_floor": judge.floor, "frechet_steps": PREVIEW_STEPS,
+                  "frechet": judge.distance(draw(model, count, PREVIEW_STEPS, model.samplers[1], run.args.seed,
+                                                 "drawing for the Frechet distance:"))}
+    return final
+
+
+class Judge:
+    """Frechet distances of images from the test set; `floor` is that of as many training images, drawn at random."""
+
+    def __init__(self, run, model, count):
+        self.net = trained_classifier(run.data, [run.args.data_dir, run.args.out_dir])
+        with seeded(run.args.seed):
+            self.test = features(self.net, model.real(run.test))
+            chosen = torch.randperm(len(run.train))[:count]
+            self.floor = self.distance(model.real(run.train[chosen]))
+
+    def distance(self, images):
+        return frechet_distance(features(self.net, images), self.test)
+
+
+def trace(model, n, steps, sampler, seed):
+    """The whole process: times, and states and guesses, uint8 [steps + 1, n, 1, 28, 28]."""
+    with seeded(seed):
+        times, states, guesses = zip(*[(t, to_uint8(state), to_uint8(guess))
+                                       for t, state, guess in model.generate(n, steps, sampler)])
+    return times, torch.stack(states), torch.stack(guesses)
+
+
+def spread(count, total):
+    """count indices, evenly spread over 0..total-1, first and last among them (all, where there are not as many)."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
+
+
+def save_figures(run, model):
+    """Draw a run's pictures: figures 1 to 4 of the README, the curves and the film."""
+    name = f"{run.title} on {run.dataset}, {len(run.history)} epochs"
+    for epoch, images in run.previews.items():
+        run.save_preview(epoch, images)
+    epochs = list(run.previews)
+    save_training(run.folder / "training.png", {epochs[i]: run.previews[epochs[i]] for i in spread(6, len(epochs))},
+                  f"{run.title} on {run.dataset}: the same nine draws as training goes on")
+    steps = run.args.steps or 1000
+    sampler = sampler_for(steps, model)
+    how = f"{steps} steps, {sampler}"
+    times, states, guesses = trace(model, 9, steps, sampler, run.args.seed)
+    save_samples(run.folder / "samples.png", guesses[-1], f"{name}: {how}")
+    chosen = spread(10, len(times))
+    save_steps(run.folder / "steps.png", [(run.state_name, states[chosen, 0]), ("guess", guesses[chosen, 0])],
+               [f"t = {times[i]:.2f}" for i in chosen], f"{name}: one digit, {how}")
+    save_gif(run.folder / "process.gif", [(f"{run.title}, {how}", states[spread(50, len(times))])], run.dataset)
+    save_curves(run.folder / "curves.png", run.history, run.unit, name)
+
+
+# ------------------------------------------------------------------------------------------------- the comparison
+
+RUNS = {"diffusion": ("diffusion", {}), "bfn-continuous": ("bfn", {"data_type": "continuous"}),
+        "bfn-discretized": ("bfn", {"data_type": "discretized"}), "bfn-discrete": ("bfn", {"data_type": "discrete"})}
+HELD_EQUAL = ("dataset", "batch_size", "lr", "seed", "limit")  # beside network, optimiser and epochs
+
+
+def compare(run, model):
+    """Where finished runs of diffusion and of a BFN stand beside each other: measure both alike, draw and tabulate."""
+    standing = {}
+    for name in RUNS:
+        path = run.args.out_dir / name / "metrics.json"
+        if path.exists() and json.loads(path.read_text())["final"]:
+            standing[name] = json.loads(path.read_text())
+    if "diffusion" not in standing or len(standing) < 2:
+        return
+    for name, metrics in list(standing.items()):
+        theirs, ours = [m["settings"] | {"epochs": len(m["history"])} for m in (metrics, standing["diffusion"])]
+        other = [f"{key} {theirs[key]} and {ours[key]}" for key in (*HELD_EQUAL, "epochs") if theirs[key] != ours[key]]
+        if other:
+            print(f"{name} is not compared with diffusion: {', '.join(other)}")
+            del standing[name]
+    if len(standing) < 2 or run.model not in standing:
+        return
+    runs, models = {}, {}
+    with contextlib.ExitStack() as stack:
+        for name in standing:
+            if name == run.model:
+                runs[name], models[name] = run, model
+            else:
+                script, flags = RUNS[name]
+                args = argparse.Namespace(**vars(run.args) | flags | {"sample": 1, "fresh": False})
+                runs[name], models[name] = importlib.import_module(script).open_run(args)
+                runs[name].train, runs[name].test, runs[name].data = run.train, run.test, run.data
+                stack.enter_context(runs[name])
+            stack.enter_context(runs[name].ema.averaged())
+            measure_curve(runs[name], models[name])
+        draw_comparison(run.args, runs, models)
+
+
+def measure_curve(run, model):
+    """Frechet distance over sampling steps, for both samplers; kept in metrics.json point by point."""
+    count = min(CURVE_COUNT, len(run.train), len(run.test))
+    if count < CURVE_COUNT:
+        return
+    curve = run.frechet_curve or {"count": count, "epochs": len(run.history), "curves": {n: {} for n in model.samplers}}
+    missing = [(name, steps) for name in model.samplers for steps in CURVE_STEPS
+               if str(steps) not in curve["curves"][name]]
+    if not missing:
+        return
+    judge = Judge(run, model, count)
+    curve["floor"] = judge.floor
+    for name, steps in missing:
+        label = f"{run.title}: Frechet distance, {steps} steps, {name}:"
+        curve["curves"][name][str(steps)] = judge.distance(draw(model, count, steps, name, run.args.seed, label))
+        run.frechet_curve = curve
+        run.write_metrics()
+
+
+def draw_comparison(args, runs, models):
+    """Figures 5 and 6 of the README, the film, the curves and the table."""
+    folder = args.out_dir / "comparison"
+    folder.mkdir(exist_ok=True)
+    metrics = {run.title: {"unit": run.unit, "history": run.history, "frechet_curve": run.frechet_curve}
+               for run in runs.values()}
+    epochs = len(runs["diffusion"].history)
+    subject = f"on {runs['diffusion'].dataset}, {epochs} epochs each"
+    steps = args.steps or PREVIEW_STEPS
+    traces = {name: trace(model, 9, steps, model.samplers[1], args.seed) for name, model in models.items()}
+    panels = [(f"{runs[name].title}, {models[name].samplers[1]}", guesses[-1]) for name, (_, _, guesses)
+              in traces.items()]
+    save_side_by_side(folder / "samples.png", panels, f"DDPM and BFN {subject}: {steps} steps from the same noise")
+    two = ["diffusion", next(name for name in runs if name != "diffusion")]
+    chosen = spread(10, steps + 1)
+    rows = [row for name in two for row in ((f"{runs[name].title}: {runs[name].state_name}", traces[name][1][chosen, 0]),
+                                            ("guess", traces[name][2][chosen, 0]))]
+    save_steps(folder / "steps.png", rows, [f"step {i}" for i in chosen],
+               f"DDPM and BFN {subject}: one digit, from the same noise")
+    save_gif(folder / "process.gif", [(runs[name].title, traces[name][1][spread(50, steps + 1)]) for name in two],
+             f"From the same noise, {subject}")
+    save_comparison_curves(folder / "curves.png", metrics, f"DDPM and BFN {subject}, same network")
+    write(folder / "table.md", lambda path: path.write_text(table(runs)))
+    print(f"comparison of {', '.join(runs)} -> {folder}")
+
+
+def table(runs):
+    """The comparison as a table in Markdown, of the numbers in metrics.json."""
+    lines = ["| | " + " | ".join(run.title for run in runs.values()) + " |", "| --- |" + " --- |" * len(runs)]
+
+    def row(name, cell):
+        lines.append(f"| {name} | " + " | ".join(cell(run) for run in runs.values()) + " |")
+
+    def median(run, key):
+        return sorted(epoch[key] for epoch in run.history)[len(run.history) // 2]
+
+    row("parameters", lambda run: f"{run.parameters:,}")
+    row("training images/s (median epoch)", lambda run: f"{median(run, 'images_per_second'):.0f}")
+    row("seconds per epoch (median)", lambda run: f"{median(run, 'seconds'):.1f}")
+    row("test code length (upper bound ± standard error)",
+        lambda run: f"{run.final['bound']:.3f} ± {run.final['bound_se']:.3f} {run.unit}")
+    if all("frechet" in run.final for run in runs.values()):
+        row(f"Fréchet distance, {PREVIEW_STEPS} steps (of as many real digits)",
+            lambda run: f"{run.final['frechet']:.2f} ({run.final['frechet_floor']:.2f})")
+    row(f"seconds for nine digits, {PREVIEW_STEPS} steps", lambda run: f"{run.final['seconds_nine']:.2f}")
+    settings = next(iter(runs.values())).settings()
+    equal = ", ".join(f"{key.replace('_', ' ')} {settings[key]}" for key in HELD_EQUAL if settings[key] is not None)
+    lines += ["", f"Held equal: network (but for its input and output channels), optimiser, {equal}, "
+              f"{len(next(iter(runs.values())).history)} epochs. Measured on {os.cpu_count()} cores."]
+    return "\n".join(lines) + "\n"

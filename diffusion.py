@@ -1,0 +1,205 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "torchvision", "matplotlib"]
+# ///
+"""A denoising diffusion model (DDPM) of MNIST: trains it, samples from it, measures it.
+
+Noise is added to an image x_0 in T steps, x_1, ..., x_T, until nothing of it is left. A network learns to take such a
+step back; from pure noise, T steps back make a new image. This file is all of it, in this order: the noise schedule,
+the loss, the sampler, the likelihood bound, the training loop. Equation numbers are those of
+
+    DDPM   Ho et al. 2020, Denoising diffusion probabilistic models, arXiv 2006.11239
+    iDDPM  Nichol & Dhariwal 2021, Improved denoising diffusion probabilistic models, arXiv 2102.09672
+    DDIM   Song et al. 2021, Denoising diffusion implicit models, arXiv 2010.02502
+    PD     Salimans & Ho 2022, Progressive distillation for fast sampling of diffusion models, arXiv 2202.00512
+    VDM    Kingma et al. 2021, Variational diffusion models, arXiv 2107.00630
+
+Images are float [B, 1, 28, 28] in [-1, 1]. Time is t = step / T, float [B] in [0, 1]: 0 is the image, 1 is noise.
+"""
+import functools
+import math
+
+import torch
+from torch import nn
+
+import common
+
+T = 1000
+SAMPLERS = {"ancestral": 1.0, "DDIM": 0.0}  # name: eta
+
+
+# -------------------------------------------------------------------------------------------------- the schedule
+
+def signal_and_noise(t):
+    """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at time t: a tensor of any shape in [0, 1], two of that shape.
+
+    alpha_bar(t) = cos^2(pi/2 t)                                                         iDDPM eq. 17, with s = 0
+
+    iDDPM's offset s = 0.008 leaves noise of deviation 0.006 in x_1. Grey values are 0.0078 apart: the last step would
+    have to guess among neighbours. With s = 0 the deviation is 0.0016, and the guess costs next to nothing.
+    """
+    return torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
+
+
+def diffuse(x_0, eps, t):
+    """A draw of x_t from q(x_t | x_0), made from noise eps ~ N(0, I), of x_0's shape [B, 1, 28, 28]; t: [B].
+
+    x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps                                                 DDPM eq. 4
+    """
+    signal, noise = signal_and_noise(t.view(-1, 1, 1, 1))
+    return signal * x_0 + noise * eps
+
+
+# ------------------------------------------------------------------------------------------------------ the loss
+
+def predict_v(net, x_t, t):
+    """The network's guess, [B, 1, 28, 28], of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (PD §4).
+
+    DDPM predicts eps. Where x_t is nearly all noise eps is known and says nothing of the image; there, v is -x_0.
+    """
+    signal, noise = signal_and_noise(t)
+    signal = signal.clamp(min=1e-3)
+    features = common.fourier_features(x_t / signal.view(-1, 1, 1, 1), noise / signal)
+    return net(torch.cat([x_t, features], dim=1), t)
+
+
+def predict_x_0(net, x_t, t):
+    """The network's guess of the image, [B, 1, 28, 28]:
+
+    x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v, clipped to [-1, 1]                               PD app. D
+    """
+    signal, noise = signal_and_noise(t.view(-1, 1, 1, 1))
+    return (signal * x_t - noise * predict_v(net, x_t, t)).clamp(-1, 1)
+
+
+def loss(net, x_0):
+    """The training loss of a batch, a scalar, with steps t drawn evenly from 1..T:
+
+    L = E ||v - v_net(x_t, t)||^2 / 784                                      DDPM eq. 14, with v in place of eps
+
+    The steps are stratified, one in each B-th part of 1..T: the same mean, with less noise in it (VDM app. I.1).
+    """
+    B = len(x_0)
+    steps = ((torch.arange(B) + torch.rand(B)) * T / B).long() + 1
+    t = (steps / T).to(x_0.device)
+    eps = torch.randn(x_0.shape).to(x_0.device)
+    signal, noise = signal_and_noise(t.view(-1, 1, 1, 1))
+    v = signal * eps - noise * x_0
+    return (v - predict_v(net, diffuse(x_0, eps, t), t)).square().mean()
+
+
+# --------------------------------------------------------------------------------------------------- the sampler
+
+def reverse_process(net, x_T, steps, eta=0.0):
+    """From noise x_T ~ N(0, I) to images, both [N, 1, 28, 28]: yields (t, x_t, guess of x_0) before each step, and
+    last (0.0, x_0, x_0). From t to s < t, with the network's x_0 and the eps that goes with it:
+
+    x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z, z ~ N(0, I)           DDIM eq. 12
+    sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s)              DDIM eq. 16
+
+    eta = 1 over all T steps is DDPM's algorithm 2, with the variance beta-tilde of its eq. 7. eta = 0 adds no noise
+    on the way, and gets there in far fewer steps. `steps` may be any number: t need not be a multiple of 1 / T.
+    """
+    x_t = x_T
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    for t, s in zip(times[:-1], times[1:]):
+        (signal_t, noise_t), (signal_s, noise_s) = signal_and_noise(t), signal_and_noise(s)
+        x_0 = predict_x_0(net, x_t, t.float().to(x_t.device).expand(len(x_t)))
+        yield t.item(), x_t, x_0
+        eps = (x_t - signal_t.item() * x_0) / noise_t.item()
+        # 1 - alpha_bar_t / alpha_bar_s, without the rounding of a difference of numbers close to 1
+        sigma = eta * noise_s / noise_t * (noise_t ** 2 - noise_s ** 2).sqrt() / signal_s
+        x_t = signal_s.item() * x_0 + (noise_s ** 2 - sigma ** 2).clamp(min=0).sqrt().item() * eps
+        if eta:
+            x_t = x_t + sigma.item() * torch.randn(x_t.shape).to(x_t.device)
+    yield 0.0, x_t, x_t
+
+
+def generate(net, n, steps, sampler):
+    """The reverse process of n images from fresh noise, with one of SAMPLERS: see `reverse_process`."""
+    x_T = torch.randn(n, 1, 28, 28).to(next(net.parameters()).device)
+    return reverse_process(net, x_T, steps, SAMPLERS[sampler])
+
+
+# ------------------------------------------------------------------------------------------------ the likelihood
+
+def step_cost(x_0, guess, steps):
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], with guess = x_0(x_t): one term of the bound.
+
+    L_{t-1} = ||mu_tilde(x_t, x_0) - mu_tilde(x_t, guess)||^2 / (2 beta_tilde_t)                     DDPM eq. 7, 8
+            = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - guess||^2,  SNR = alpha_bar / (1 - alpha_bar)               VDM eq. 14
+
+    steps: int [B] in 2..T.
+    """
+    snr = [(signal / noise).square() for signal, noise in
+           (signal_and_noise(i.double() / T) for i in (steps - 1, steps))]
+    return 0.5 * (snr[0] - snr[1]).float().to(x_0.device) * (x_0 - guess).square().flatten(1).sum(1)
+
+
+def decoder_cost(x_0, guess):
+    """-ln p(x_0 | x_1) in nats, [B]: a normal of variance beta_1 around the guess of x_0, cut into the 256 grey values
+    (DDPM eq. 13)."""
+    _, noise_1 = signal_and_noise(torch.tensor(1 / T))
+    return common.discretised_normal_nats(x_0, guess, noise_1.to(x_0.device)).flatten(1).sum(1)
+
+
+def bound(net, x_0):
+    """An upper bound on the code length of each image in bits/dim, as its three terms, [B, 3]:
+
+    L = L_T + sum_{t=2..T} L_{t-1} + L_0   (prior, diffusion, decoder)                                   DDPM eq. 5
+
+    An unbiased estimate, from one t for each image, drawn with probability p(t) ~ 1 / t, as large as the terms are.
+    """
+    B = len(x_0)
+    p = 1 / torch.arange(2, T + 1, dtype=torch.float64)
+    p = p / p.sum()
+    u = (torch.randperm(B) + torch.rand(B, dtype=torch.float64)) / B
+    index = torch.searchsorted(p.cumsum(0), u).clamp(max=T - 2)
+    t = ((index + 2) / T).to(x_0.device)
+    guess = predict_x_0(net, diffuse(x_0, torch.randn(x_0.shape).to(x_0.device), t), t)
+    diffusion = step_cost(x_0, guess, index + 2) / p[index].float().to(x_0.device)
+
+    first = torch.full_like(t, 1 / T)
+    guess = predict_x_0(net, diffuse(x_0, torch.randn(x_0.shape).to(x_0.device), first), first)
+    decoder = decoder_cost(x_0, guess)
+
+    signal, noise = signal_and_noise(torch.ones((), device=x_0.device))  # KL(N(signal x_0, noise^2) || N(0, 1))
+    prior = 0.5 * (noise ** 2 - 1 - 2 * noise.log() + (signal * x_0).square()).flatten(1).sum(1)
+    return torch.stack([prior, diffusion, decoder], dim=1) / (784 * math.log(2))
+
+
+# ---------------------------------------------------------------------------------------------- the training loop
+
+def train(run, model):
+    """Train until --epochs are done, from the last finished one on."""
+    while run.unfinished:
+        for x_0 in run.batches():
+            batch_loss = run.check(loss(run.net, x_0))
+            run.optimiser.zero_grad()
+            batch_loss.backward()
+            nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
+            run.optimiser.step()
+            run.ema.update()
+        run.end_epoch(model)
+
+
+def open_run(args):
+    """The run in --out-dir, and its network as a model to sample from and to measure."""
+    run = common.Run(args, "diffusion", "DDPM", "bits/dim", "x_t", in_channels=1 + 16, out_channels=1)
+    return run, common.Model(functools.partial(generate, run.net), functools.partial(bound, run.net),
+                             ["prior", "diffusion", "decoder"], list(SAMPLERS))
+
+
+def main(argv=None):
+    args = common.arguments(__doc__, argv)
+    run, model = open_run(args)
+    with run:
+        if args.sample:
+            common.save_drawn(run, model)
+        else:
+            train(run, model)
+            common.finish(run, model)
+
+
+if __name__ == "__main__":
+    common.command(main)

@@ -1,0 +1,321 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "torchvision", "matplotlib", "pytest"]
+# ///
+"""Facts that the code must get right, checked against closed forms, brute force or a second derivation, and the
+scripts from end to end on drawn digits. Needs no network and no files: `python -m pytest -q`."""
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import bfn
+import common
+import diffusion
+
+HERE = Path(__file__).parent
+M = 4
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def known_images(n):
+    """n draws from a data set of M images, [n, 1, 8, 8], all the same but for two rows; and the M images."""
+    images = (torch.randint(30, 220, (1, 1, 8, 8)) / 127.5 - 1).repeat(M, 1, 1, 1)
+    images[:, 0, 3:5] += (torch.randint(0, 2, (M, 2, 8)) - 0.5) * (60 / 127.5)
+    return images[torch.arange(n) % M], images
+
+
+def best_guess(view, sigma, images):
+    """The mean of the images given view = image + sigma noise; sigma: [B]."""
+    distance = (view[:, None] - images[None]).square().flatten(2).sum(2)
+    weights = (-distance / (2 * sigma[:, None] ** 2)).softmax(1)
+    return torch.einsum("bm,mchw->bchw", weights, images)
+
+
+def assert_even(drawn, images):
+    """Each of drawn is one of images, and each image comes equally often, within four standard errors."""
+    distance, index = (drawn[:, None] - images[None]).abs().flatten(2).amax(2).min(1)
+    assert distance.max() < 1 / 255
+    counts = index.bincount(minlength=M)
+    assert (counts - len(drawn) / M).abs().max() < 4 * (len(drawn) / M * (1 - 1 / M)) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------------ diffusion
+
+def betas():
+    """beta_1..beta_T of the chain whose products of 1 - beta are alpha_bar, float64."""
+    signal, _ = diffusion.signal_and_noise(torch.arange(diffusion.T + 1, dtype=torch.float64) / diffusion.T)
+    return 1 - (signal[1:] / signal[:-1]) ** 2
+
+
+def test_thousand_single_steps_give_the_closed_form_marginal():
+    n, x_0 = 40000, 0.7
+    x = torch.full((n,), x_0, dtype=torch.float64)
+    for i, beta in enumerate(betas(), start=1):
+        x = (1 - beta).clamp(min=0).sqrt() * x + beta.sqrt() * torch.randn(n, dtype=torch.float64)
+        if i in (1, 100, 500, 900, 1000):
+            t = torch.full((n,), i / diffusion.T)
+            drawn = diffusion.diffuse(torch.full((n, 1, 1, 1), x_0), torch.randn(n, 1, 1, 1), t).flatten()
+            deviation = drawn.std()
+            assert abs(x.mean() - drawn.mean()) < 6 * deviation / n ** 0.5
+            assert x.std() / deviation == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("i", [2, 30, 500, 999])
+def test_reverse_step_is_the_posterior_found_on_a_grid(i, monkeypatch):
+    """q(x_{t-1} | x_t, x_0) ~ q(x_{t-1} | x_0) q(x_t | x_{t-1}), multiplied out on a grid."""
+    x_0, x_t, n = 0.3, -0.2, 100000
+    signal, noise = diffusion.signal_and_noise(torch.tensor((i - 1) / diffusion.T, dtype=torch.float64))
+    beta = betas()[i - 1]
+    grid = torch.linspace(-6, 6, 2000001, dtype=torch.float64)
+    log_p = -((grid - signal * x_0) / noise) ** 2 / 2 - (x_t - (1 - beta).sqrt() * grid) ** 2 / (2 * beta)
+    p = log_p.softmax(0)
+    mean = (p * grid).sum()
+    deviation = (p * (grid - mean) ** 2).sum().sqrt()
+
+    monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t: torch.full_like(x, x_0))
+    linspace = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *a, **k: linspace(*a, **k)[diffusion.T - i:])  # start at step i
+    process = diffusion.reverse_process(None, torch.full((n, 1, 1, 1), x_t), diffusion.T, eta=1.0)
+    next(process)
+    x_s = next(process)[1].double()
+    assert abs(x_s.mean() - mean) < 5 * deviation / n ** 0.5 + 1e-6
+    assert x_s.std() / deviation == pytest.approx(1, abs=0.02)
+
+
+def test_eta_1_over_all_steps_is_ancestral_sampling(monkeypatch):
+    """Against DDPM's own algorithm 2, written with its beta, alpha_bar and beta-tilde."""
+    monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t: (0.5 * x).clamp(-1, 1))
+    x = start = torch.randn(2, 1, 3, 3)
+    torch.manual_seed(1)
+    *_, (_, drawn, _) = diffusion.reverse_process(None, start, diffusion.T, eta=1.0)
+    torch.manual_seed(1)
+    beta = betas()
+    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+    for i in range(diffusion.T, 0, -1):
+        b, a_t, a_s = beta[i - 1], alpha_bar[i], alpha_bar[i - 1]
+        x_0 = (0.5 * x).clamp(-1, 1)
+        mean = a_s.sqrt() * b / (1 - a_t) * x_0 + (1 - b).clamp(min=0).sqrt() * (1 - a_s) / (1 - a_t) * x
+        x = (mean + (b * (1 - a_s) / (1 - a_t)).sqrt() * torch.randn(x.shape)).float()
+    assert torch.allclose(x, drawn, atol=1e-4)
+
+
+def test_step_cost_is_the_divergence_of_the_two_normals():
+    """DDPM eq. 8, with the means and the variance of eq. 7, in float64."""
+    steps = torch.tensor([2, 10, 300, 999])
+    x_0, guess = torch.rand(4, 1, 28, 28) * 2 - 1, torch.rand(4, 1, 28, 28) * 2 - 1
+    beta = betas()
+    alpha_bar = (1 - beta).cumprod(0)
+    b, a_t, a_s = beta[steps - 1], alpha_bar[steps - 1], alpha_bar[steps - 2]
+    weight = a_s.sqrt() * b / (1 - a_t)
+    expected = (weight ** 2 * (x_0 - guess).double().square().flatten(1).sum(1)) / (2 * b * (1 - a_s) / (1 - a_t))
+    assert torch.allclose(diffusion.step_cost(x_0, guess, steps).double(), expected, rtol=1e-4)
+
+
+def ideal_diffusion(monkeypatch, images):
+    def predict(net, x_t, t):
+        signal, noise = diffusion.signal_and_noise(t)
+        signal = signal.clamp(min=1e-4)
+        return best_guess(x_t / signal.view(-1, 1, 1, 1), noise / signal, images)
+    monkeypatch.setattr(diffusion, "predict_x_0", predict)
+
+
+def test_diffusion_bound_is_tight_for_known_images(monkeypatch):
+    x, images = known_images(16000)
+    ideal_diffusion(monkeypatch, images)
+    terms = diffusion.bound(None, x) * 784 * math.log(2)
+    total, error = terms.sum(1).mean(), common.standard_error(terms.sum(1))
+    _, noise_1 = diffusion.signal_and_noise(torch.tensor(1 / diffusion.T))
+    in_bin = math.erf(1 / 255 / noise_1 / 2 ** 0.5)  # of the decoder's normal, all pixels being within (-1, 1)
+    assert terms[:, 2].mean() == pytest.approx(-64 * math.log(in_bin), rel=1e-3)
+    assert error < 0.06
+    assert total == pytest.approx(math.log(M) - 64 * math.log(in_bin), abs=4 * error)
+
+
+@pytest.mark.parametrize("steps, eta", [(1000, 1.0), (50, 0.0), (20, 0.5)])
+def test_diffusion_draws_known_images_equally_often(steps, eta, monkeypatch):
+    _, images = known_images(M)
+    ideal_diffusion(monkeypatch, images)
+    *_, (_, drawn, _) = diffusion.reverse_process(None, torch.randn(100, 1, 8, 8), steps, eta)
+    assert_even(drawn, images)
+
+
+# ------------------------------------------------------------------------------------------------------------ BFN
+
+class IdealContinuous(bfn.Continuous):
+    def output(self, images, mu, t):
+        gamma = self.gamma(t)
+        return best_guess(mu / bfn.column(gamma), ((1 - gamma) / gamma).sqrt(), images)
+
+
+class IdealDiscretized(bfn.Discretized):
+    def output(self, images, mu, t):
+        mean = IdealContinuous.output(self, images, mu, t)
+        return mean, torch.where(bfn.column(t) == 1, 1e-4, 1 / 127.5) * torch.ones_like(mean)
+
+
+class IdealDiscrete(bfn.Discrete):
+    def output(self, images, z, t):
+        weights = torch.einsum("bchw,mchw->bm", z, images).softmax(1)
+        return torch.einsum("bm,mchw->bchw", weights, images).clamp(min=1e-12).log()
+
+
+def ideal(kind, n):
+    """An ideal output distribution for a data set of M known images: (data, n draws of x, the M images as x)."""
+    if kind == "discrete":
+        images = bfn.F.one_hot(torch.randint(0, 2, (M, 8, 8)), 2).movedim(-1, 1).float()
+        images[:, :, 2:] = images[:1, :, 2:]
+        return IdealDiscrete(), images[torch.arange(n) % M], images
+    return {"continuous": IdealContinuous, "discretized": IdealDiscretized}[kind](), *known_images(n)
+
+
+@pytest.mark.parametrize("kind", bfn.TYPES)
+def test_small_updates_compose_to_the_flow(kind):
+    data = bfn.TYPES[kind]()
+    n = 40000
+    x = torch.tensor([0.0, 1.0] if kind == "discrete" else [0.6]).view(1, -1, 1, 1).expand(n, -1, 1, 1)
+    times = torch.linspace(0.1, 0.4, 30).tolist()
+    theta = data.flow(x, torch.randn(x.shape), torch.full((n,), 0.1))
+    for t, s in zip(times[:-1], times[1:]):
+        theta = data.update(theta, x, torch.randn(x.shape), torch.full((n,), t), torch.full((n,), s))
+    flow = data.flow(x, torch.randn(x.shape), torch.full((n,), 0.4))
+    assert ((theta.mean(0) - flow.mean(0)).abs() < 6 * flow.std(0) / n ** 0.5).all()
+    assert torch.allclose(theta.std(0) / flow.std(0), torch.ones(()), atol=0.02)
+    t = torch.full((1,), 0.4)
+    mean = data.gamma(t) * 0.6 if kind != "discrete" else data.beta(t) * torch.tensor([-1.0, 1.0])
+    variance = data.gamma(t) * (1 - data.gamma(t)) if kind != "discrete" else 2 * data.beta(t)
+    assert torch.allclose(flow.mean(0).flatten(), mean, atol=0.05)
+    assert torch.allclose(flow.var(0).flatten(), variance, rtol=0.03)
+
+
+@pytest.mark.parametrize("kind", bfn.TYPES)
+def test_noise_undoes_flow(kind):
+    data = bfn.TYPES[kind]()
+    x, eps, t = torch.rand(5, data.channels, 4, 4), torch.randn(5, data.channels, 4, 4), torch.rand(5) * 0.3 + 0.1
+    assert torch.allclose(data.noise(data.flow(x, eps, t), x, t), eps, atol=1e-3)
+
+
+def single_pixel(kind, count):
+    """A pixel with one of two values, and an output distribution that can be written down, for discrete data one that
+    trusts theta too little (the right one would make L^n the same for all n): (data, count draws of x)."""
+    if kind == "continuous":
+        class Pixel(bfn.Continuous):
+            sigma_1 = 0.1
+
+            def output(self, net, mu, t):
+                return torch.sigmoid(mu / (1 - bfn.column(self.gamma(t)))) - 0.5
+        values = torch.tensor([[-0.5], [0.5]])
+    else:
+        class Pixel(bfn.Discrete):
+            beta_1 = 4.0
+
+            def output(self, net, z, t):
+                return 0.3 * z
+        values = torch.eye(2)
+    return Pixel(), values[torch.arange(count) % 2].view(count, -1, 1, 1)
+
+
+def n_step_loss(kind, n, count):
+    """L^n = n E_i KL(sender || receiver) in nats, the divergence in closed form (two normals) or integrated over y."""
+    data, x = single_pixel(kind, count)
+    i = (bfn.stratified(count) * n).long()
+    t, s = (i / n).clamp(min=bfn.T_0), (i + 1) / n
+    theta = data.flow(x, torch.randn(x.shape), t)
+    guess = data.guess(data.output(None, theta, t))
+    alpha = (data.beta(s) - data.beta(t))[:, None]
+    if kind == "continuous":
+        return n * (alpha / 2 * (x - guess).flatten(1) ** 2).mean().item()
+    # y_1 - y_0 ~ N(+-2 alpha, 4 alpha) says all that y says; z are its quantiles in units of its deviation
+    z = torch.linspace(-8, 8, 201)
+    density = torch.exp(-z ** 2 / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    p_true = (x * guess).sum(1).flatten(1)
+    ratio = p_true + (1 - p_true) * torch.exp(-2 * alpha - 2 * alpha.sqrt() * z)  # receiver / sender density at y
+    return n * -(density * ratio.log()).sum(1).mean().item()
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_n_step_loss_converges_to_the_continuous_time_loss(kind):
+    count = 100000
+    data, x = single_pixel(kind, count)
+    limit = bfn.loss_per_image(None, data, x, bfn.stratified(count)).mean().item()
+    gaps = [n_step_loss(kind, n, count) - limit for n in (1, 4, 128)]
+    assert abs(gaps[0]) > 3 * abs(gaps[1]) > 9 * abs(gaps[2])
+    assert abs(gaps[2]) < 0.02 * limit
+
+
+@pytest.mark.parametrize("kind", bfn.TYPES)
+def test_bfn_bound_is_tight_for_known_images(kind):
+    data, x, images = ideal(kind, 16000)
+    data.encode = lambda images: images
+    terms = bfn.bound(images, data, x) * data.nats_per_unit
+    total, error = terms.sum(1).mean(), common.standard_error(terms.sum(1))
+    grain = -64 * math.log(math.erf(1 / 255 / data.sigma_1 / 2 ** 0.5)) if kind == "continuous" else 0
+    assert error < 0.06
+    assert total == pytest.approx(math.log(M) + grain, abs=4 * error)
+
+
+@pytest.mark.parametrize("kind", bfn.TYPES)
+@pytest.mark.parametrize("deterministic, steps", [(False, 100), (True, 30)])
+def test_bfn_draws_known_images_equally_often(kind, deterministic, steps):
+    data, _, images = ideal(kind, M)
+    times = data.times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), "cosine")
+    eps = torch.randn(100, data.channels, 8, 8)
+    *_, (_, _, output) = bfn.bayesian_flow(images, data, eps, times, deterministic)
+    assert_even(data.draw(output), images)
+
+
+@pytest.mark.parametrize("kind", bfn.TYPES)
+def test_nothing_breaks_at_the_ends_of_time(kind):
+    data = bfn.TYPES[kind]()
+    net = common.UNet(data.in_channels, data.out_channels)
+    torch.nn.init.normal_(net.head.weight)
+    x = data.encode(torch.rand(4, 1, 28, 28) * 2 - 1)
+    t = torch.tensor([0.0, 1e-4, 0.999, 1.0])
+    losses = bfn.loss_per_image(net, data, x, t)
+    cost = data.cost(x, data.output(net, data.flow(x, torch.randn(x.shape), torch.ones(4)), torch.ones(4)))
+    (losses.sum() + cost.sum()).backward()
+    assert losses.isfinite().all() and cost.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def greys():
+    return torch.arange(256) / 127.5 - 1
+
+
+def normal_cdf(z):
+    return torch.special.ndtr(z.double())
+
+
+@pytest.mark.parametrize("sigma", [1e-4, 2e-3, 0.0079, 0.05, 0.7])
+def test_grey_value_probabilities(sigma):
+    """They sum to one, and are the integrals of the normal density, at the ends with the tails."""
+    means = torch.tensor([-1.3, -1.0, -0.99, 0.0, 0.00391, 0.5, 1.0, 1.2])
+    x = greys().expand(8, 256)
+    p = torch.exp(-common.discretised_normal_nats(x, means[:, None].expand(8, 256), sigma)).double()
+    assert torch.allclose(p.sum(1), torch.ones(8, dtype=torch.float64), atol=2e-3 if sigma < 1e-3 else 1e-4)
+    edges = torch.linspace(-1 + 1 / 255, 1 - 1 / 255, 255, dtype=torch.float64)
+    cdf = normal_cdf((edges - means[:, None].double()) / sigma)
+    exact = torch.diff(cdf, dim=1, prepend=torch.zeros(8, 1), append=torch.ones(8, 1))
+    assert torch.allclose(p, exact, atol=2e-3 if sigma < 1e-3 else 1e-4)
+    assert torch.allclose(bfn.expected_grey(means, torch.full((8,), sigma)).double(), (exact * greys()).sum(1), atol=1e-5)
+
+
+def test_grey_values_have_finite_costs_and_gradients_everywhere():
+    mean = torch.tensor([-30.0, -1.0, 0.0, 0.3, 1.0, 30.0]).repeat(4).requires_grad_()
+    sigma = torch.tensor([1e-6, 1e-3, 0.1, 20.0]).repeat_interleave(6).requires_grad_()
+    x = torch.full((24,), 51 / 127.5 - 1)
+    nats = common.discretised_normal_nats(x, mean, sigma)
+    guess = bfn.expected_grey(mean, sigma)
+    (nats.clamp(max=1e6).sum() + guess.sum()).backward()
+    assert nats.isfinite().all() and guess.isfinite().all() and guess.abs().max() <= 1 + 1e-5
+    assert mean.grad.isfinite().all() and sigma.grad.isfinite().all()
