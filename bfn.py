@@ -43,8 +43,8 @@ def column(t):
 
 class Continuous:
     """Grey pixels as real numbers in [-1, 1] (§4). theta is mu, [B, 1, 28, 28]: Bob believes in N(mu, 1 / rho), where
-    rho = 1 + beta(t) is known from t. Once accuracy reaches sigma_1 = 0.001, the 256 grey values, 0.0078 apart, are
-    told apart with certainty."""
+    rho = 1 + beta(t) is known from t. At t = 1 its deviation is sigma_1 = 0.001, and the 256 grey values, 0.0078 apart, are
+    told apart."""
 
     sigma_1 = 0.001
     scale = 1  # of the squared error in the loss
@@ -64,52 +64,61 @@ class Continuous:
         return mu
 
     def beta(self, t):
-        """beta(t) = sigma_1^(-2t) - 1                                                                      §4.5"""
-        return self.sigma_1 ** (-2 * t) - 1
-
-    def times(self, u, spacing):
-        """Times from T_0 to 1 for u even in [0, 1]. "paper": t = u. But a digit's shape is settled before t = 0.2, and
-        the other four fifths of such times are spent on grain. "cosine": the noise levels of the cosine schedule of
-        diffusion models, 1 - gamma = sin^2(pi/2 (1 - u)). Since accuracies add up, any times make an exact BFN, and
-        the loss depends on beta's ends only (VDM §4), so that this changes nothing but where work is done."""
-        if spacing == "cosine":
-            u = torch.sin(math.pi / 2 * (1 - u)).log() / math.log(self.sigma_1)
-        return u.clamp(T_0, 1)
-
-    def training_times(self, u):
-        """Every other one of the paper's times, every other one of the cosine spacing."""
-        return torch.where(torch.arange(len(u)) % 2 == 0, u, self.times(u, "cosine"))
+        """beta(t) = sigma_1^(-2t) - 1                                                                  eq. 72, §4.5"""
+        return torch.expm1(-2 * t * math.log(self.sigma_1))
 
     def alpha(self, t):
-        """alpha(t) = d beta / dt = -2 ln(sigma_1) sigma_1^(-2t)"""
+        """alpha(t) = d beta / dt = -2 ln(sigma_1) sigma_1^(-2t)                                        eq. 74, §4.5"""
         return -2 * math.log(self.sigma_1) * self.sigma_1 ** (-2 * t)
 
-    def gamma(self, t):
-        """gamma(t) = beta / (1 + beta) = 1 - sigma_1^(2t), the share of the image in mu"""
-        return -torch.expm1(2 * t * math.log(self.sigma_1))
+    def shares(self, t):
+        """gamma(t) = beta / (1 + beta) = 1 - sigma_1^(2t), and 1 - gamma: the shares of the image in mu, and of what
+        Bob believed before; [B, 1, 1, 1] for t of [B]                                                  eq. 80, §4.6"""
+        log = 2 * column(t) * math.log(self.sigma_1)
+        return -torch.expm1(log), torch.exp(log)
 
     def flow(self, x, eps, t):
-        """mu ~ N(gamma x, gamma (1 - gamma)), made from noise eps ~ N(0, 1): all messages up to t at once."""
-        gamma = column(self.gamma(t))
-        return gamma * x + (gamma * (1 - gamma)).sqrt() * eps
+        """All messages up to t at once: mu ~ N(gamma x, gamma (1 - gamma)), made from eps ~ N(0, 1)      eq. 77, §4.6"""
+        gamma, rest = self.shares(t)
+        return gamma * x + (gamma * rest).sqrt() * eps
+
+    def noise(self, mu, x, t):
+        """The eps with which flow makes mu of x."""
+        gamma, rest = self.shares(t)
+        return (mu - gamma * x) / (gamma * rest).sqrt()
 
     def prior(self, eps):
         """mu at T_0: noise of next to no accuracy, without the image's part in it, which is 0.0001 of the image."""
         return self.flow(0, eps, torch.full((len(eps),), T_0, device=eps.device))
 
-    def noise(self, mu, x, t):
-        """The eps with which flow makes mu of x."""
-        gamma = column(self.gamma(t))
-        return (mu - gamma * x) / (gamma * (1 - gamma)).sqrt()
-
     def update(self, mu, x, eps, t, s):
         """Bayes' rule for a message y about x that takes the accuracy from beta(t) to beta(s), made from noise eps:
 
-        y ~ N(x, 1 / alpha), alpha = beta(s) - beta(t);  rho_s = rho_t + alpha;  mu_s = (rho_t mu + alpha y) / rho_s
+        y ~ N(x, 1 / alpha), alpha = beta(s) - beta(t)                                                  eq. 86, §4.8
+        rho_s = rho_t + alpha;  mu_s = (rho_t mu + alpha y) / rho_s                                 eq. 49, 50, §4.2
         """
         rho_t, rho_s = 1 + column(self.beta(t)), 1 + column(self.beta(s))
         alpha = rho_s - rho_t
         return (rho_t * mu + alpha * x + alpha.sqrt() * eps) / rho_s
+
+    def times(self, u, spacing="cosine"):
+        """Sampling times, from T_0 to 1, for u spread evenly over [0, 1].
+
+        "paper": t = u. But the shape of a digit is settled before t = 0.2, and four fifths of these times are spent on
+        the grain of its grey values. "cosine": 1 - gamma = sin^2(pi/2 (1 - u)), the noise levels of a diffusion model's
+        cosine schedule. Accuracies add up (§4.4): at any times, Bayesian updates are exact.
+        """
+        if spacing == "cosine":
+            u = torch.sin(math.pi / 2 * (1 - u)).log() / math.log(self.sigma_1)
+        return u.clamp(T_0, 1)
+
+    def training_times(self, u):
+        """Times to train at, for u uniform in [0, 1]: every other one as in the paper, every other one "cosine".
+
+        The loss at either is weighted alike. So it is not the paper's loss, but the mean of that and of one that looks
+        at shapes: with the paper's times alone, bits/dim were a little lower, and digits far worse.
+        """
+        return torch.where(torch.arange(len(u)) % 2 == 0, u, self.times(u))
 
     def predict(self, net, mu, t):
         """What the network says of mu, [B, out_channels, 28, 28].
@@ -118,13 +127,16 @@ class Continuous:
         v = sqrt(gamma) eps - sqrt(1 - gamma) x, which has, too (PD §4). The paper's network sees mu and predicts eps
         (§4.7): late, noise of 0.001 on pixels of 1; and early, there is nothing but eps in what it sees.
         """
-        gamma = self.gamma(t)
-        features = common.fourier_features(mu / column(gamma), ((1 - gamma) / gamma).sqrt())
-        return net(torch.cat([mu / column(gamma).sqrt(), features], dim=1), t)
+        gamma, rest = self.shares(t)
+        features = common.fourier_features(mu / gamma, (rest / gamma).sqrt())
+        return net(torch.cat([mu / gamma.sqrt(), features], dim=1), t)
 
     def output(self, net, mu, t):
-        """The guess x_hat = sqrt(gamma) (mu / sqrt(gamma)) - sqrt(1 - gamma) v."""
-        return mu - column(1 - self.gamma(t)).sqrt() * self.predict(net, mu, t)
+        """x_hat = mu / gamma - sqrt((1 - gamma) / gamma) eps (eq. 84, §4.7), which in terms of v is
+
+        x_hat = mu - sqrt(1 - gamma) v
+        """
+        return mu - self.shares(t)[1].sqrt() * self.predict(net, mu, t)
 
     def guess(self, output):
         return output.clamp(-1, 1)
@@ -147,7 +159,7 @@ class Discretized(Continuous):
     def output(self, net, mu, t):
         """Mean and deviation of the normal: as the guess above, and sqrt(1 - gamma) exp(network)."""
         v, log_sigma = self.predict(net, mu, t).chunk(2, dim=1)
-        noise = column(1 - self.gamma(t)).sqrt()
+        noise = self.shares(t)[1].sqrt()
         return mu - noise * v, noise * log_sigma.clamp(-5, 5).exp()
 
     def guess(self, output):
@@ -216,22 +228,15 @@ class Discrete:
         return z.softmax(1)
 
     def beta(self, t):
-        """beta(t) = beta(1) t^2                                                                            §6.8"""
+        """beta(t) = beta(1) t^2                                                                        eq. 182, §6.8"""
         return self.beta_1 * t ** 2
 
-    def times(self, u, spacing):
-        """Times from T_0 to 1 for u even in [0, 1]: the paper's."""
-        return u.clamp(T_0, 1)
-
-    def training_times(self, u):
-        return u
-
     def alpha(self, t):
-        """alpha(t) = d beta / dt"""
+        """alpha(t) = d beta / dt = 2 beta(1) t                                                         eq. 183, §6.8"""
         return 2 * self.beta_1 * t
 
     def flow(self, x, eps, t):
-        """z ~ N(beta (K x - 1), beta K), made from noise eps ~ N(0, 1): all messages up to t at once."""
+        """All messages up to t at once: z ~ N(beta (K x - 1), beta K), made from eps ~ N(0, 1)          eq. 185, §6.9"""
         beta = column(self.beta(t))
         return beta * (self.K * x - 1) + (beta * self.K).sqrt() * eps
 
@@ -247,10 +252,19 @@ class Discrete:
     def update(self, z, x, eps, t, s):
         """Bayes' rule for a message y about x that takes the accuracy from beta(t) to beta(s), made from noise eps:
 
-        y ~ N(alpha (K x - 1), alpha K), alpha = beta(s) - beta(t);  theta_s ~ theta_t exp(y), that is z_s = z_t + y
+        y ~ N(alpha (K x - 1), alpha K), alpha = beta(s) - beta(t)                                     eq. 157, §6.3
+        theta_s proportional to exp(y) theta_t, that is z_s = z_t + y                                           §6.5
         """
         alpha = column(self.beta(s) - self.beta(t))
         return z + alpha * (self.K * x - 1) + (alpha * self.K).sqrt() * eps
+
+    def times(self, u, spacing="paper"):
+        """Sampling times, from T_0 to 1, for u spread evenly over [0, 1]: the paper's."""
+        return u.clamp(T_0, 1)
+
+    def training_times(self, u):
+        """Times to train at, for u uniform in [0, 1]: the paper's."""
+        return u
 
     def output(self, net, z, t):
         """Logits of the output distribution. z is what a pixel's own messages say of it; the network adds what all
@@ -327,12 +341,12 @@ def bayesian_flow(net, data, eps, times, deterministic=False):
     yield 1.0, theta, data.output(net, theta, times[-1])
 
 
-def generate(net, data, n, steps, sampler, spacing="cosine"):
+def generate(net, data, n, steps, sampler, **spacing):
     """n new images, over `steps` steps of one of SAMPLERS: yields (t, belief, guess) as images [n, 1, 28, 28] in
     [-1, 1] before each step; the last guess is the image."""
     device = next(net.parameters()).device
     eps = torch.randn(n, data.channels, 28, 28).to(device)
-    times = data.times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), spacing)
+    times = data.times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), **spacing)
     for t, theta, output in bayesian_flow(net, data, eps, times, SAMPLERS[sampler]):
         x = data.draw(output) if t == 1 else data.guess(output)
         yield t, data.picture(data.belief(theta)), data.picture(x)

@@ -86,7 +86,6 @@ def command(main):
         print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our output is gone, as in `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Fail as error:
         print(f"error: {error}", file=sys.stderr)
@@ -96,8 +95,9 @@ def command(main):
         code = 1
     else:
         return
-    sys.stderr.flush()
-    os._exit(code)  # at once: no waiting for threads, no second traceback from a closed pipe
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    os._exit(code)  # at once, and with no second try to write to a closed pipe
 
 
 def keep_freed_memory():
@@ -153,22 +153,22 @@ class Data(NamedTuple):
     test_labels: torch.Tensor   # int64 [10000]
 
 
-def load_data(name, folder, seed):
-    """The data set called name, see --dataset. Raises Fail where it cannot be read, or is not what it should be."""
+def load_data(name, folder, seed, limit=None):
+    """The data set called name, see --dataset; of digits drawn from fonts, no more than limit are made. Raises Fail
+    where it cannot be read, or is not what it should be."""
     if name == "drawn":
-        return Data("drawn digits", *drawn_data(seed))
+        return drawn_data(seed, limit)
     kind = DATASETS["mnist" if name == "auto" else name]
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torchvision tells of each address it tries
             parts = [kind(folder, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-        have = (Path(folder) / kind.__name__ / "raw").is_dir() and any((Path(folder) / kind.__name__ / "raw").iterdir())
-        if name != "auto" or have:
+        if name != "auto" or any(Path(folder).glob(f"{kind.__name__}/raw/*")):
             raise Fail(f"{kind.__name__} in {folder} could not be read or downloaded ({first_line(error)}); "
                        "remove what is broken there, or use --dataset drawn") from None
         print(f"{kind.__name__} is not in {folder} and could not be downloaded ({first_line(error)}): "
               "going on with digits drawn from fonts")
-        return Data("drawn digits", *drawn_data(seed))
+        return drawn_data(seed, limit)
     for part, count in zip(parts, (60000, 10000)):
         if part.data.shape != (count, 28, 28) or part.targets.shape != (count,):
             raise Fail(f"{kind.__name__} in {folder} holds {tuple(part.data.shape)} values where {(count, 28, 28)} "
@@ -181,9 +181,9 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def drawn_data(seed):
-    images, labels = drawn_digits(70000, seed)
-    return images[:60000], images[60000:], labels[:60000], labels[60000:]
+def drawn_data(seed, limit):
+    train, test = drawn_digits(min(60000, limit or 60000), 2 * seed), drawn_digits(min(10000, limit or 10000), 2 * seed + 1)
+    return Data("drawn digits", train[0], test[0], train[1], test[1])
 
 
 FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold",
@@ -213,21 +213,21 @@ def glyphs():
 def drawn_digits(n, seed):
     """n digits drawn from matplotlib's own fonts, and bent: uint8 [n, 1, 28, 28], and labels, int64 [n].
 
-    The ten classes are equally often among them. Each has a stroke of its own thickness, is turned, sheared, stretched
-    and moved, and then bent by a smooth random field. The same n and seed give the same digits, and torch's own random
-    numbers are left alone.
+    The ten classes are equally often among each 2000. Each digit has a stroke of its own thickness, is turned, sheared,
+    stretched and moved, and then bent by a smooth random field. The same seed gives the same digits, more of them for
+    a larger n, and torch's own random numbers are left alone.
     """
     random = torch.Generator().manual_seed(seed)
     thin = glyphs()
     thick = F.max_pool2d(thin, 5, stride=1, padding=2)
-    labels = torch.arange(n)[torch.randperm(n, generator=random)] % 10
-    images = []
-    for label in labels.split(2000):
-        B = len(label)
+    B = 2000
+    images, labels = [], []
 
-        def uniform(low, high, *shape):
-            return low + (high - low) * torch.rand(B, *shape, generator=random)
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(B, *shape, generator=random)
 
+    for _ in range(math.ceil(n / B)):
+        label = torch.randperm(B, generator=random) % 10
         index = torch.randint(len(FONTS), (B,), generator=random) * 10 + label
         glyph = torch.lerp(thin[index], thick[index], uniform(0, 1, 1, 1, 1))
         turn, shear, stretch = uniform(-0.25, 0.25), uniform(-0.3, 0.3), uniform(0.95, 1.25, 2)
@@ -238,7 +238,8 @@ def drawn_digits(n, seed):
         grid = F.affine_grid(affine, (B, 1, 28, 28), align_corners=False) + bend
         image = F.grid_sample(F.avg_pool2d(glyph, 3, stride=1, padding=1), grid, align_corners=False)
         images.append((image * 1.3).clamp(0, 1).mul(255).round().byte())
-    return torch.cat(images), labels
+        labels.append(label)
+    return torch.cat(images)[:n], torch.cat(labels)[:n]
 
 
 def to_float(images):
@@ -376,82 +377,35 @@ EMA_POWER = 6.94  # averages over about the last tenth of the run (sigma_rel = 0
 
 
 class Run:
-    """A run's folder and all that is in it: network, average, optimiser, history. A context manager: it holds a lock.
+    """A run's folder and what is in it: network, average of the weights, optimiser, history.
 
-    Opening it checks that the settings are those of the run that stands there, if one does, and loads its state.
+    A context manager: entering it takes the folder's lock, and loads the run that stands there, if there is one with
+    the same settings. Raises Fail, and leaves everything as it is, where that can't be.
     """
 
     def __init__(self, args, model, title, unit, state_name, in_channels, out_channels):
         self.args, self.model, self.title, self.unit, self.state_name = args, model, title, unit, state_name
         self.folder = args.out_dir / model
-        self.device = torch.device(args.device)
+        self.checkpoint = self.folder / "checkpoint.pt"
         if args.device == "cuda" and not torch.cuda.is_available():
             raise Fail("--device cuda: there is no CUDA GPU that this torch can use; try --device cpu")
         if args.device == "mps" and not torch.backends.mps.is_available():
             raise Fail("--device mps: there is no Apple GPU that this torch can use; try --device cpu")
+        if args.sample and not self.checkpoint.exists():
+            raise Fail(f"{self.folder} holds no trained network to sample from; train one first, without --sample")
+        if not args.sample:
+            self.data = load_data(args.dataset, args.data_dir, args.seed, args.limit)
+            self.train, self.test = self.data.train[:args.limit], self.data.test[:args.limit]
+            if args.batch_size > len(self.train):
+                raise Fail(f"--batch-size {args.batch_size} is more than the {len(self.train)} training images")
+            self.settings = {"model": model, "dataset": self.data.name, "batch_size": args.batch_size, "lr": args.lr,
+                             "seed": args.seed, "limit": args.limit}  # what makes a run this run and no other
+        self.device = torch.device(args.device)
         torch.manual_seed(args.seed)
         self.net = UNet(in_channels, out_channels).to(self.device)
         self.ema = EMA(self.net, EMA_POWER)
         self.optimiser = torch.optim.AdamW(self.net.parameters(), betas=(0.9, 0.99), fused=True)
         self.history, self.previews, self.final, self.frechet_curve = [], {}, {}, {}
-        self.dataset = None
-        self.found = (self.folder / "checkpoint.pt").exists() and not args.fresh
-        if self.found:
-            self.load()
-        elif args.sample:
-            raise Fail(f"{self.folder} holds no trained network to sample from; train one first, without --sample")
-        if not args.sample:
-            self.data = load_data(args.dataset, args.data_dir, args.seed)
-            self.train, self.test = self.data.train[:args.limit], self.data.test[:args.limit]
-            if args.batch_size > len(self.train):
-                raise Fail(f"--batch-size {args.batch_size} is more than the {len(self.train)} training images")
-            self.check_settings()
-            self.dataset = self.data.name
-
-    def settings(self):
-        """What makes a run this run and no other."""
-        if self.args.sample:
-            return self.saved_settings
-        return {"model": self.model, "dataset": self.data.name, "batch_size": self.args.batch_size,
-                "lr": self.args.lr, "seed": self.args.seed, "limit": self.args.limit}
-
-    def check_settings(self):
-        if not self.found:
-            return
-        here = self.settings()
-        other = [f"{key} {old} there, {here[key]} here" for key, old in self.saved_settings.items() if here[key] != old]
-        if other:
-            raise Fail(f"the run in {self.folder} has other settings ({'; '.join(other)}): "
-                       "give those, or another --out-dir, or --fresh to throw that run away")
-
-    def load(self):
-        path = self.folder / "checkpoint.pt"
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
-            self.saved_settings = state["settings"]
-            model = self.saved_settings["model"]
-            if model == self.model:
-                self.net.load_state_dict(state["net"])
-                self.optimiser.load_state_dict(state["optimiser"])
-                for average, saved in zip(self.ema.weights, state["ema"], strict=True):
-                    average.copy_(saved)
-                self.ema.steps = state["steps"]
-                self.history, self.previews = state["history"], state["previews"]
-                self.random_state = state["random_state"]
-                self.dataset = self.saved_settings["dataset"]
-                with contextlib.suppress(OSError, ValueError, KeyError):  # without it, it is measured again
-                    metrics = json.loads((self.folder / "metrics.json").read_text())
-                    self.final = metrics["final"]
-                    if metrics["frechet_curve"].get("epochs") == len(self.history):
-                        self.frechet_curve = metrics["frechet_curve"]
-        except OSError:
-            raise
-        except Exception as error:  # whatever a file that is no checkpoint of ours makes torch raise
-            raise Fail(f"{path} is not a checkpoint that can be used ({type(error).__name__}: {first_line(error)}); "
-                       "it is left as it is: move it away, or start over with --fresh") from None
-        if model != self.model:
-            raise Fail(f"{path} is a checkpoint of {model}, not of {self.model}; it is left as it is: "
-                       "move it away, or start over with --fresh")
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -463,19 +417,56 @@ class Run:
                 raise Fail(f"another process is at work in {self.folder}; wait for it, or use another --out-dir") \
                     from None
         if self.args.fresh:
-            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+            self.checkpoint.unlink(missing_ok=True)
             shutil.rmtree(self.folder / "epochs", ignore_errors=True)
+        if self.checkpoint.exists():
+            self.load()
         if not self.args.sample:
-            if self.found:
-                torch.set_rng_state(self.random_state)
             (self.folder / "epochs").mkdir(exist_ok=True)
-            done = f", {len(self.history)} epochs done" if self.found else ""
+            done = f", {len(self.history)} epochs done" if self.history else ""
             print(f"{self.title} on {self.dataset}: {len(self.train)} training images, {self.parameters:,} parameters, "
-                  f"{self.device.type}{done} -> {self.folder}")
+                  f"{self.device.type}{done} -> {self.folder}", flush=True)
         return self
+
+    def load(self):
+        """Load the checkpoint, and the measurements beside it."""
+        keep = "it is left as it is: move it away, or start over with --fresh"
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # plain values, never code
+            settings = state["settings"]
+            if settings["model"] == self.model:
+                self.net.load_state_dict(state["net"])
+                self.optimiser.load_state_dict(state["optimiser"])
+                for average, saved in zip(self.ema.weights, state["ema"], strict=True):
+                    average.copy_(saved)
+                self.ema.steps = state["steps"]
+                self.history, self.previews = state["history"], state["previews"]
+                torch.set_rng_state(state["random_state"])
+        except OSError:
+            raise
+        except Exception as error:  # whatever a file that is no checkpoint of ours makes torch raise
+            raise Fail(f"{self.checkpoint} is not a checkpoint that can be used ({type(error).__name__}: "
+                       f"{first_line(error)}); {keep}") from None
+        if settings["model"] != self.model:
+            raise Fail(f"{self.checkpoint} is a checkpoint of {settings['model']}, not of {self.model}; {keep}")
+        if self.args.sample:
+            self.settings = settings
+        other = [f"{key} {old} there, {self.settings.get(key)} here" for key, old in settings.items()
+                 if self.settings.get(key) != old]
+        if other:
+            raise Fail(f"the run in {self.folder} has other settings ({'; '.join(other)}): "
+                       "give those, or another --out-dir, or --fresh to throw that run away")
+        with contextlib.suppress(OSError, ValueError, KeyError):  # without them, it is measured again
+            metrics = json.loads((self.folder / "metrics.json").read_text())
+            if len(metrics["history"]) == len(self.history):
+                self.final, self.frechet_curve = metrics["final"], metrics["frechet_curve"]
 
     def __exit__(self, *exception):
         self.lock.close()
+
+    @property
+    def dataset(self):
+        return self.settings["dataset"]
 
     @property
     def parameters(self):
@@ -511,7 +502,7 @@ class Run:
         seconds = time.perf_counter() - self.progress.start
         with self.ema.averaged():
             test = self.measure(model.bound, self.args.seed).sum(1)
-            preview = draw(model, 9, PREVIEW_STEPS, model.samplers[1], self.args.seed)
+            preview = draw(model, 9, PREVIEW_STEPS, model.samplers[0], self.args.seed)
         rate = len(self.losses) * self.args.batch_size / seconds
         row = {"epoch": self.epoch, "seconds": seconds, "images_per_second": rate,
                "train_loss": sum(self.losses) / len(self.losses), "test": test.mean().item(),
@@ -534,16 +525,18 @@ class Run:
             return torch.cat([bound(to_float(images).to(self.device)) for images in self.test.split(500)]).cpu()
 
     def save(self):
-        state = {"settings": self.settings(), "net": self.net.state_dict(), "ema": self.ema.weights,
+        """Write checkpoint and metrics."""
+        self.final, self.frechet_curve = {}, {}  # they were those of fewer epochs
+        state = {"settings": self.settings, "net": self.net.state_dict(), "ema": self.ema.weights,
                  "optimiser": self.optimiser.state_dict(), "steps": self.ema.steps, "history": self.history,
                  "previews": self.previews, "random_state": torch.get_rng_state()}
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write(self.folder / "checkpoint.pt", lambda path: path.write_bytes(buffer.getbuffer()))
+        write(self.checkpoint, lambda path: path.write_bytes(buffer.getbuffer()))
         self.write_metrics()
 
     def write_metrics(self):
-        metrics = {"settings": self.settings(), "dataset": self.dataset, "title": self.title, "unit": self.unit,
+        metrics = {"settings": self.settings, "dataset": self.dataset, "title": self.title, "unit": self.unit,
                    "parameters": self.parameters, "device": self.device.type, "threads": torch.get_num_threads(),
                    "history": self.history, "final": self.final, "frechet_curve": self.frechet_curve}
         write(self.folder / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
@@ -551,7 +544,7 @@ class Run:
 
 # -------------------------------------------------------------------------------------- drawing and measuring it
 
-PREVIEW_STEPS = 50   # of a deterministic sampler: for the nine digits after each epoch, and the Frechet distance
+PREVIEW_STEPS = 50   # for the nine digits after each epoch, and for the Frechet distance
 CURVE_STEPS = (10, 20, 50, 100, 250, 1000)
 CURVE_COUNT = 500
 
@@ -615,7 +608,7 @@ def trained_classifier(data, folders):
     net = classifier()
     for folder in folders:
         with contextlib.suppress(Exception):  # not there, or not readable: then it is trained again
-            net.load_state_dict(torch.load(Path(folder) / name, weights_only=True))
+            net.load_state_dict(torch.load(folder / name, weights_only=True))
             return net
     epochs, size = 4, 128
     steps = len(data.train) // size
@@ -640,10 +633,10 @@ def trained_classifier(data, folders):
                     zip(data.test.split(500), data.test_labels.split(500)))
     progress.close(f"classifier of the Frechet distance: {right / len(data.test):.2%} of test images named rightly")
     for folder in folders:
-        with contextlib.suppress(OSError):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            write(Path(folder) / name, lambda path: torch.save(net.state_dict(), path))
-            break
+        with contextlib.suppress(OSError, Fail):
+            if folder.stat().st_mode & 0o200:  # a folder marked as read-only is left alone, though root could write
+                write(folder / name, lambda path: torch.save(net.state_dict(), path))
+                break
     return net
 
 
@@ -682,10 +675,13 @@ def write(path, save):
         save(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise Fail(f"{path} could not be written ({error.strerror}); what stood there is still whole") from None
         raise
-    os.replace(temporary, path)
 
 
 def draw_axes(count, width, height, title, left=MARGIN, bottom=MARGIN, top=20):
@@ -853,7 +849,7 @@ class Model(NamedTuple):
 
 def sampler_for(steps, model):
     """The paper's sampler where there are steps enough for it, the deterministic one for fewer."""
-    return model.samplers[0 if steps >= 1000 else 1]
+    return model.samplers[0 if steps >= PREVIEW_STEPS else 1]
 
 
 def save_drawn(run, model):
@@ -873,7 +869,7 @@ def save_drawn(run, model):
 def finish(run, model):
     """What a run leaves at its end: final figures of merit (measured once), pictures, and the comparison."""
     with run.ema.averaged():
-        if run.final.get("epochs") != len(run.history):
+        if not run.final:
             run.final = measure_final(run, model)
             run.write_metrics()
         save_figures(run, model)
@@ -895,16 +891,16 @@ def describe(run):
 def measure_final(run, model):
     """The bound on the whole test set, from five estimates for each image; Frechet distance; time for nine digits."""
     terms = torch.stack([run.measure(model.bound, seed=run.args.seed + i) for i in range(5)]).mean(0)
-    final = {"epochs": len(run.history), "bound": terms.sum(1).mean().item(), "bound_se": standard_error(terms.sum(1)),
+    final = {"bound": terms.sum(1).mean().item(), "bound_se": standard_error(terms.sum(1)),
              "parts": dict(zip(model.parts, terms.mean(0).tolist()))}
     start = time.perf_counter()
-    draw(model, 9, PREVIEW_STEPS, model.samplers[1], run.args.seed)
+    draw(model, 9, PREVIEW_STEPS, model.samplers[0], run.args.seed)
     final["seconds_nine"] = time.perf_counter() - start
     count = min(10000, len(run.train), len(run.test))
     if count >= 1000:  # fewer say nothing
         judge = Judge(run, model, count)
         final |= {"frechet_count": count, "frechet_floor": judge.floor, "frechet_steps": PREVIEW_STEPS,
-                  "frechet": judge.distance(draw(model, count, PREVIEW_STEPS, model.samplers[1], run.args.seed,
+                  "frechet": judge.distance(draw(model, count, PREVIEW_STEPS, model.samplers[0], run.args.seed,
                                                  "drawing for the Frechet distance:"))}
     return final
 
@@ -967,9 +963,10 @@ def compare(run, model):
     """Where finished runs of diffusion and of a BFN stand beside each other: measure both alike, draw and tabulate."""
     standing = {}
     for name in RUNS:
-        path = run.args.out_dir / name / "metrics.json"
-        if path.exists() and json.loads(path.read_text())["final"]:
-            standing[name] = json.loads(path.read_text())
+        with contextlib.suppress(OSError, ValueError):
+            metrics = json.loads((run.args.out_dir / name / "metrics.json").read_text())
+            if metrics["final"]:
+                standing[name] = metrics
     if "diffusion" not in standing or len(standing) < 2:
         return
     for name, metrics in list(standing.items()):
@@ -990,7 +987,11 @@ def compare(run, model):
                 args = argparse.Namespace(**vars(run.args) | flags | {"sample": 1, "fresh": False})
                 runs[name], models[name] = importlib.import_module(script).open_run(args)
                 runs[name].train, runs[name].test, runs[name].data = run.train, run.test, run.data
-                stack.enter_context(runs[name])
+                try:
+                    stack.enter_context(runs[name])
+                except Fail as error:
+                    print(f"nothing is compared: {error}")
+                    return
             stack.enter_context(runs[name].ema.averaged())
             measure_curve(runs[name], models[name])
         draw_comparison(run.args, runs, models)
@@ -1001,7 +1002,7 @@ def measure_curve(run, model):
     count = min(CURVE_COUNT, len(run.train), len(run.test))
     if count < CURVE_COUNT:
         return
-    curve = run.frechet_curve or {"count": count, "epochs": len(run.history), "curves": {n: {} for n in model.samplers}}
+    curve = run.frechet_curve or {"count": count, "curves": {name: {} for name in model.samplers}}
     missing = [(name, steps) for name in model.samplers for steps in CURVE_STEPS
                if str(steps) not in curve["curves"][name]]
     if not missing:
@@ -1024,8 +1025,8 @@ def draw_comparison(args, runs, models):
     epochs = len(runs["diffusion"].history)
     subject = f"on {runs['diffusion'].dataset}, {epochs} epochs each"
     steps = args.steps or PREVIEW_STEPS
-    traces = {name: trace(model, 9, steps, model.samplers[1], args.seed) for name, model in models.items()}
-    panels = [(f"{runs[name].title}, {models[name].samplers[1]}", guesses[-1]) for name, (_, _, guesses)
+    traces = {name: trace(model, 9, steps, sampler_for(steps, model), args.seed) for name, model in models.items()}
+    panels = [(f"{runs[name].title}, {sampler_for(steps, models[name])}", guesses[-1]) for name, (_, _, guesses)
               in traces.items()]
     save_side_by_side(folder / "samples.png", panels, f"DDPM and BFN {subject}: {steps} steps from the same noise")
     two = ["diffusion", next(name for name in runs if name != "diffusion")]
@@ -1060,7 +1061,7 @@ def table(runs):
         row(f"Fréchet distance, {PREVIEW_STEPS} steps (of as many real digits)",
             lambda run: f"{run.final['frechet']:.2f} ({run.final['frechet_floor']:.2f})")
     row(f"seconds for nine digits, {PREVIEW_STEPS} steps", lambda run: f"{run.final['seconds_nine']:.2f}")
-    settings = next(iter(runs.values())).settings()
+    settings = next(iter(runs.values())).settings
     equal = ", ".join(f"{key.replace('_', ' ')} {settings[key]}" for key in HELD_EQUAL if settings[key] is not None)
     lines += ["", f"Held equal: network (but for its input and output channels), optimiser, {equal}, "
               f"{len(next(iter(runs.values())).history)} epochs. Measured on {os.cpu_count()} cores."]

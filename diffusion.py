@@ -80,7 +80,7 @@ def loss(net, x_0):
     The steps are stratified, one in each B-th part of 1..T: the same mean, with less noise in it (VDM app. I.1).
     """
     B = len(x_0)
-    steps = ((torch.arange(B) + torch.rand(B)) * T / B).long() + 1
+    steps = ((torch.arange(B) + torch.rand(B)) * T / B).long().clamp(max=T - 1) + 1
     t = (steps / T).to(x_0.device)
     eps = torch.randn(x_0.shape).to(x_0.device)
     signal, noise = signal_and_noise(t.view(-1, 1, 1, 1))
@@ -127,7 +127,7 @@ def step_cost(x_0, guess, steps):
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], with guess = x_0(x_t): one term of the bound.
 
     L_{t-1} = ||mu_tilde(x_t, x_0) - mu_tilde(x_t, guess)||^2 / (2 beta_tilde_t)                     DDPM eq. 7, 8
-            = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - guess||^2,  SNR = alpha_bar / (1 - alpha_bar)               VDM eq. 14
+            = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - guess||^2,  SNR = alpha_bar / (1 - alpha_bar)               VDM eq. 13
 
     steps: int [B] in 2..T.
     """

@@ -154,8 +154,8 @@ def test_diffusion_draws_known_images_equally_often(steps, eta, monkeypatch):
 
 class IdealContinuous(bfn.Continuous):
     def output(self, images, mu, t):
-        gamma = self.gamma(t)
-        return best_guess(mu / bfn.column(gamma), ((1 - gamma) / gamma).sqrt(), images)
+        gamma, rest = self.shares(t)
+        return best_guess(mu / gamma, (rest / gamma).sqrt().flatten(), images)
 
 
 class IdealDiscretized(bfn.Discretized):
@@ -192,8 +192,11 @@ def test_small_updates_compose_to_the_flow(kind):
     assert ((theta.mean(0) - flow.mean(0)).abs() < 6 * flow.std(0) / n ** 0.5).all()
     assert torch.allclose(theta.std(0) / flow.std(0), torch.ones(()), atol=0.02)
     t = torch.full((1,), 0.4)
-    mean = data.gamma(t) * 0.6 if kind != "discrete" else data.beta(t) * torch.tensor([-1.0, 1.0])
-    variance = data.gamma(t) * (1 - data.gamma(t)) if kind != "discrete" else 2 * data.beta(t)
+    if kind == "discrete":
+        mean, variance = data.beta(t) * torch.tensor([-1.0, 1.0]), 2 * data.beta(t)
+    else:
+        gamma = 1 - data.sigma_1 ** (2 * t)
+        mean, variance = gamma * 0.6, gamma * (1 - gamma)
     assert torch.allclose(flow.mean(0).flatten(), mean, atol=0.05)
     assert torch.allclose(flow.var(0).flatten(), variance, rtol=0.03)
 
@@ -213,7 +216,7 @@ def single_pixel(kind, count):
             sigma_1 = 0.1
 
             def output(self, net, mu, t):
-                return torch.sigmoid(mu / (1 - bfn.column(self.gamma(t)))) - 0.5
+                return torch.sigmoid(mu / self.shares(t)[1]) - 0.5
         values = torch.tensor([[-0.5], [0.5]])
     else:
         class Pixel(bfn.Discrete):
@@ -268,7 +271,7 @@ def test_bfn_bound_is_tight_for_known_images(kind):
 @pytest.mark.parametrize("deterministic, steps", [(False, 100), (True, 30)])
 def test_bfn_draws_known_images_equally_often(kind, deterministic, steps):
     data, _, images = ideal(kind, M)
-    times = data.times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), "cosine")
+    times = data.times(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
     eps = torch.randn(100, data.channels, 8, 8)
     *_, (_, _, output) = bfn.bayesian_flow(images, data, eps, times, deterministic)
     assert_even(data.draw(output), images)
@@ -319,3 +322,275 @@ def test_grey_values_have_finite_costs_and_gradients_everywhere():
     (nats.clamp(max=1e6).sum() + guess.sum()).backward()
     assert nats.isfinite().all() and guess.isfinite().all() and guess.abs().max() <= 1 + 1e-5
     assert mean.grad.isfinite().all() and sigma.grad.isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------- network and plumbing
+
+def test_shuffle_unit_starts_as_the_channel_shuffle():
+    """Of two groups: channel 2 i + j comes from channel j C / 2 + i (ShuffleNet §3.1)."""
+    x, C = torch.randn(2, 32, 3, 3), 32
+    shuffled = common.ShuffleUnit(C, 4)(x, torch.randn(2, 4))
+    for i in range(C // 2):
+        for j in range(2):
+            assert torch.equal(shuffled[:, 2 * i + j], x[:, j * C // 2 + i])
+
+
+def test_each_sample_is_alone_in_its_batch():
+    net = common.UNet(3, 2)
+    torch.nn.init.normal_(net.head.weight)
+    x, t = torch.randn(4, 3, 28, 28), torch.rand(4)
+    together = net(x, t)
+    assert together.abs().mean() > 0.1
+    for i in range(4):
+        assert torch.allclose(net(x[i:i + 1], t[i:i + 1])[0], together[i], atol=1e-4)
+
+
+def test_ema_is_the_weighted_mean():
+    net = torch.nn.Linear(1, 1, bias=False)
+    ema = common.EMA(net, power=3.0)
+    values = torch.randn(20)
+    for value in values:
+        net.weight.data.fill_(value)
+        ema.update()
+    ends = (torch.arange(21, dtype=torch.float64) / 20) ** 4  # the integral of the power function over each step
+    product = torch.ones(20, dtype=torch.float64)
+    for n in range(2, 21):
+        product[:n - 1] *= (1 - 1 / n) ** 4
+        product[n - 1] = 1 - (1 - 1 / n) ** 4
+    assert torch.allclose(product, torch.diff(ends))
+    with ema.averaged():
+        assert net.weight.item() == pytest.approx((product * values).sum().item(), abs=1e-5)
+    assert net.weight.item() == values[-1]
+
+
+def test_frechet_distance_of_known_normals():
+    """Independent coordinates with deviations s and 1: |m|^2 + sum (s - 1)^2."""
+    a = torch.randn(200000, 3, dtype=torch.float64)
+    m, s = torch.tensor([0.5, -1.0, 0.0]), torch.tensor([1.0, 2.0, 0.5])
+    b = torch.randn(200000, 3, dtype=torch.float64) * s + m
+    assert common.frechet_distance(a, b) == pytest.approx((m ** 2 + (s - 1) ** 2).sum().item(), rel=0.02)
+    assert common.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_grows_with_corruption(tmp_path):
+    data = common.load_data("drawn", None, 0, 6000)
+    net = common.trained_classifier(data, [tmp_path / "not" / "there", tmp_path])
+    real = common.features(net, data.test[:2000])
+    noise = torch.randn(2000, 1, 28, 28)
+    distances = [common.frechet_distance(common.features(net, common.to_uint8(common.to_float(data.train[:2000])
+                                                                              + s * noise)), real)
+                 for s in (0, 0.1, 0.2, 0.4, 0.8)]
+    assert all(low < high for low, high in zip(distances[:-1], distances[1:]))
+    again = common.trained_classifier(data, [tmp_path / "not" / "there", tmp_path])
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), again.parameters()))
+
+
+def test_drawn_digits():
+    images, labels = common.drawn_digits(4000, 3)
+    assert images.shape == (4000, 1, 28, 28) and images.dtype == torch.uint8
+    assert labels.bincount().tolist() == [400] * 10
+    assert images.flatten(1).amax(1).min() > 150  # none is empty
+    fewer, _ = common.drawn_digits(100, 3)
+    assert torch.equal(fewer, images[:100])
+    assert not torch.equal(fewer, common.drawn_digits(100, 4)[0])
+
+
+# ------------------------------------------------------------------------------------------------ from end to end
+
+SCRIPTS = {"diffusion": ["diffusion.py"], "bfn-continuous": ["bfn.py"],
+           "bfn-discretized": ["bfn.py", "--data-type", "discretized"],
+           "bfn-discrete": ["bfn.py", "--data-type", "discrete"]}
+QUICK = ["--dataset", "drawn", "--limit", "64", "--batch-size", "16", "--steps", "4"]
+
+
+def start(name, folder, *flags, cwd=None):
+    script, *rest = SCRIPTS[name]
+    return subprocess.Popen([sys.executable, str(HERE / script), *rest, *QUICK, "--out-dir", str(folder), *flags],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
+
+
+def run(name, folder, *flags, code=0, cwd=None):
+    """Run a script to its end -> (stdout, stderr)."""
+    process = start(name, folder, *flags, cwd=cwd)
+    out, err = process.communicate(timeout=80)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def main(name, folder, *flags):
+    """The same, within this process: for what must fail."""
+    script, *rest = SCRIPTS[name]
+    sys.modules[Path(script).stem].main([*rest, *QUICK, "--out-dir", str(folder), *map(str, flags)])
+
+
+def checkpoint(folder):
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for row in state["history"]:
+        del row["seconds"], row["images_per_second"]
+    return state
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """Two epochs of diffusion and of continuous BFN in one go, from another folder, with all that they leave."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("diffusion", "bfn-continuous"):
+        run(name, folder, "--epochs", "2", cwd=folder)
+    return folder
+
+
+def test_what_a_run_leaves(out):
+    for name in ("diffusion", "bfn-continuous"):
+        left = {path.relative_to(out / name).as_posix() for path in (out / name).rglob("*.*")}
+        assert left == {".lock", "checkpoint.pt", "metrics.json", "epochs/epoch_001.png", "epochs/epoch_002.png",
+                        "training.png", "samples.png", "steps.png", "curves.png", "process.gif"}
+        metrics = json.loads((out / name / "metrics.json").read_text())
+        assert metrics["dataset"] == "drawn digits" and len(metrics["history"]) == 2
+        assert sum(metrics["final"]["parts"].values()) == pytest.approx(metrics["final"]["bound"], rel=1e-5)
+    assert {path.name for path in (out / "comparison").iterdir()} == {"samples.png", "steps.png", "curves.png",
+                                                                      "process.gif", "table.md"}
+
+
+@pytest.mark.parametrize("name", ["diffusion", "bfn-continuous"])
+def test_killed_and_continued_equals_undisturbed(name, out, tmp_path):
+    process = start(name, tmp_path, "--epochs", "2")
+    while not (tmp_path / name / "checkpoint.pt").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    before = checkpoint(tmp_path / name)["history"]
+    text, _ = run(name, tmp_path, "--epochs", "2")
+    assert f"{len(before)} epochs done" in text
+    assert same(checkpoint(tmp_path / name), checkpoint(out / name))
+
+
+@pytest.mark.parametrize("name", ["bfn-discrete", "bfn-discretized"])
+def test_other_data_types_train_and_sample(name, tmp_path):
+    run(name, tmp_path, "--epochs", "1")
+    text, _ = run(name, tmp_path, "--sample", "12")
+    images = torch.load(tmp_path / name / "samples.pt", weights_only=True)
+    assert images.shape == (12, 1, 28, 28) and images.dtype == torch.uint8 and "12 images" in text
+    if name == "bfn-discrete":
+        assert set(images.unique().tolist()) <= {0, 255}
+
+
+def test_finished_run_only_redraws(out):
+    before = (out / "diffusion" / "checkpoint.pt").read_bytes()
+    (out / "diffusion" / "curves.png").unlink()
+    main("diffusion", out, "--epochs", 2)
+    assert (out / "diffusion" / "curves.png").exists()
+    assert (out / "diffusion" / "checkpoint.pt").read_bytes() == before
+
+
+def test_failures_from_outside(tmp_path):
+    """One line on stderr, no traceback, the right exit code, and nothing on the disk."""
+    for flags, code in [(["--epochs", "0"], 2), (["--lr", "nan"], 2), (["--sample", "3"], 1)]:
+        text, error = run("diffusion", tmp_path / "new", *flags, code=code)
+        assert not text and "Traceback" not in error and error.splitlines()[-1].count("error: ") == 1
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flags", [["--epochs", "-1"], ["--epochs", "x"], ["--steps", "0"], ["--batch-size", "0"],
+                                   ["--limit", "0"], ["--lr", "0"], ["--lr", "inf"], ["--seed", "-1"]])
+def test_bad_arguments(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main("bfn-continuous", tmp_path / "new", *flags)
+    assert stop.value.code == 2 and not (tmp_path / "new").exists()
+
+
+def test_impossible_settings(tmp_path):
+    (tmp_path / "file").write_text("")
+    cases = [(["--batch-size", 65], "more than the 64"), (["--device", "cuda"], "no CUDA"),
+             (["--dataset", "mnist", "--data-dir", tmp_path / "file"], "could not be read or downloaded")]
+    for flags, message in cases:
+        if not (torch.cuda.is_available() and "cuda" in flags):
+            with pytest.raises(common.Fail, match=message):
+                main("diffusion", tmp_path / "new", *flags)
+            assert not (tmp_path / "new").exists()
+    with pytest.raises(OSError):
+        main("diffusion", tmp_path / "file")
+
+
+def test_broken_data_is_refused(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, count in (("train", 60000), ("t10k", 10000)):
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + count.to_bytes(4, "big") + bytes(count))
+        images = bytes([0, 0, 8, 3]) + count.to_bytes(4, "big") + (28).to_bytes(4, "big") * 2 + bytes(count * 784)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(images)
+    assert common.load_data("auto", tmp_path, 0).name == "MNIST"
+    for broken in (images[:5000000], images[:-1], b"", images[:4] + (9).to_bytes(4, "big") + images[8:16 + 9 * 784]):
+        (raw / "t10k-images-idx3-ubyte").write_bytes(broken)
+        with pytest.raises(common.Fail, match="MNIST"):
+            common.load_data("auto", tmp_path, 0)
+
+
+def test_settings_of_a_run_are_kept(out):
+    for flags, message in [(["--lr", 0.1], "lr 0.002 there, 0.1 here"), (["--seed", 5], "seed 0 there, 5 here"),
+                           (["--batch-size", 32], "batch_size"), (["--limit", 63], "limit")]:
+        with pytest.raises(common.Fail, match=message):
+            main("diffusion", out, "--epochs", 2, *flags)
+
+
+def test_unusable_checkpoints_are_named_and_kept(out, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+    good = (out / "diffusion" / "checkpoint.pt").read_bytes()
+    path = tmp_path / "diffusion" / "checkpoint.pt"
+    path.parent.mkdir()
+    torch.save({"settings": Evil()}, path)
+    state = torch.load(out / "diffusion" / "checkpoint.pt", weights_only=True)
+    state["net"]["head.bias"] = torch.zeros(7)
+    other = tmp_path / "other.pt"
+    torch.save(state, other)
+    for content in (path.read_bytes(), good[:len(good) // 2], bytes(len(good)), os.urandom(1000), b"",
+                    other.read_bytes(), (out / "bfn-continuous" / "checkpoint.pt").read_bytes()):
+        path.write_bytes(content)
+        for flags in (["--epochs", 2], ["--sample", 1]):
+            with pytest.raises(common.Fail, match="checkpoint.pt is "):
+                main("diffusion", tmp_path, *flags)
+        assert path.read_bytes() == content and not (tmp_path / "evil").exists()
+
+
+def test_a_run_has_one_process_at_a_time(out):
+    with open(out / "diffusion" / ".lock", "w") as lock:
+        common.fcntl.flock(lock, common.fcntl.LOCK_EX)
+        with pytest.raises(common.Fail, match="another process"):
+            main("diffusion", out, "--epochs", 2)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    common.write(path, lambda temporary: temporary.write_text("old"))
+
+    def full(temporary):
+        temporary.write_text("ne")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(common.Fail, match="No space left"):
+        common.write(path, full)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(out, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "loss", lambda net, x: next(net.parameters()).sum() * math.nan)
+    with pytest.raises(common.Fail, match="the loss is nan at step 1 of epoch 1 with --lr 0.002"):
+        main("diffusion", tmp_path, "--epochs", 1)
+    assert not (tmp_path / "diffusion" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["diffusion", "bfn"])
+def test_importing_does_nothing(name, tmp_path):
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import {name}"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout + done.stderr and not list(tmp_path.iterdir())
