@@ -37,14 +37,16 @@ def column(t):
 
 
 # --------------------------------------------------------------------------------------------- the types of data
-# Each has: x, the data as the messages carry it; beta(t), the accuracy of all messages up to t together, and its slope
-# alpha(t); flow, a belief theta at t; update, Bayes' rule; output, what the network makes of it; and the parts of
-# the output: guess, its mean, and cost, the nats that x still costs under it.
+# Each has the same methods. encode makes x of an image, the data as messages carry it, and picture an image of x. beta
+# is the accuracy of all messages up to t together, alpha its slope. flow draws a belief theta at t (prior: at T_0,
+# noise: the noise that is in it), update improves it by one message, and belief is its mean. output is what the network
+# makes of theta; guess is the mean of that, draw a draw from it, and cost the nats that x costs under it. times are for
+# sampling, training_times for training. scale is K in the losses, and 1 where there are no classes.
 
 class Continuous:
     """Grey pixels as real numbers in [-1, 1] (§4). theta is mu, [B, 1, 28, 28]: Bob believes in N(mu, 1 / rho), where
-    rho = 1 + beta(t) is known from t. At t = 1 its deviation is sigma_1 = 0.001, and the 256 grey values, 0.0078 apart, are
-    told apart."""
+    rho = 1 + beta(t) is known from t. At t = 1 its deviation is sigma_1 = 0.001: grey values, 0.0078 apart, are told
+    apart."""
 
     sigma_1 = 0.001
     scale = 1  # of the squared error in the loss
@@ -78,7 +80,7 @@ class Continuous:
         return -torch.expm1(log), torch.exp(log)
 
     def flow(self, x, eps, t):
-        """All messages up to t at once: mu ~ N(gamma x, gamma (1 - gamma)), made from eps ~ N(0, 1)      eq. 77, §4.6"""
+        """All messages up to t at once: mu ~ N(gamma x, gamma (1 - gamma)), made from eps ~ N(0, 1)   eq. 77, §4.6"""
         gamma, rest = self.shares(t)
         return gamma * x + (gamma * rest).sqrt() * eps
 
@@ -146,13 +148,14 @@ class Continuous:
         return self.guess(output)
 
     def cost(self, x, output):
-        """-ln p(x | theta) in nats, [B], at t = 1: a normal of deviation sigma_1, cut into the 256 grey values (§7)."""
+        """-ln p(x | theta) in nats, [B], at t = 1: a normal of deviation sigma_1, cut into 256 bins (§7.2)."""
         return common.discretised_normal_nats(x, self.guess(output), self.sigma_1).flatten(1).sum(1)
 
 
 class Discretized(Continuous):
     """Grey pixels as 256 values in [-1, 1] (§5): as continuous data, but the network gives a normal for each pixel,
-    whose mass is dealt out to the grey values: all below the lowest to the lowest, all above the highest to it."""
+    whose mass is dealt out to the grey values, what is beyond the lowest and the highest to these. The bins are those
+    of DDPM's eq. 13, so that all bounds in bits/dim speak of the same 256 values."""
 
     out_channels = 2
 
@@ -165,6 +168,11 @@ class Discretized(Continuous):
     def guess(self, output):
         return expected_grey(*output)
 
+    def draw(self, output):
+        """What Bob takes for x when he makes up a message himself: a grey value, drawn from the output."""
+        mean, sigma = output
+        return common.to_float(common.to_uint8(mean + sigma * common.randn_like(mean))).to(mean.device)
+
     def cost(self, x, output):
         """-ln p(x | theta) in nats, [B], at t = 1."""
         return common.discretised_normal_nats(x, *output).flatten(1).sum(1)
@@ -176,7 +184,7 @@ def expected_grey(mean, sigma):
     The sum over the 256 probabilities, but not term by term. In units of grey values, X ~ N(m, s^2) is rounded and
     clipped to 0..255, whose mean is 0 + sum_{j=1..255} P(X > j - 1/2). For s < 1 only the terms near m differ from 0
     and 1. For s >= 1 the sum is that of a smooth function at midpoints: the integral, which is the mean of the clipped
-    normal, and the Euler-Maclaurin corrections at its ends. Either is exact to 1e-6.
+    normal, and the Euler-Maclaurin corrections at its ends. Either is exact to float32.
     """
     m, s = (mean + 1) * 127.5, sigma * 127.5
 
@@ -209,7 +217,8 @@ class Discrete:
     unit, nats_per_unit = "nats/image", 1.0
 
     def __init__(self, K=2):
-        self.K = self.scale = self.channels = self.in_channels = self.out_channels = K
+        self.K = self.scale = K
+        self.channels = self.in_channels = self.out_channels = K
 
     def encode(self, images):
         """float [B, 1, 28, 28] in [-1, 1] -> x. A grey value between two classes becomes one of them at random, the
@@ -228,15 +237,15 @@ class Discrete:
         return z.softmax(1)
 
     def beta(self, t):
-        """beta(t) = beta(1) t^2                                                                        eq. 182, §6.8"""
+        """beta(t) = beta(1) t^2                                                                   eq. 182, §6.8"""
         return self.beta_1 * t ** 2
 
     def alpha(self, t):
-        """alpha(t) = d beta / dt = 2 beta(1) t                                                         eq. 183, §6.8"""
+        """alpha(t) = d beta / dt = 2 beta(1) t                                                     eq. 183, §6.8"""
         return 2 * self.beta_1 * t
 
     def flow(self, x, eps, t):
-        """All messages up to t at once: z ~ N(beta (K x - 1), beta K), made from eps ~ N(0, 1)          eq. 185, §6.9"""
+        """All messages up to t at once: z ~ N(beta (K x - 1), beta K), made from eps ~ N(0, 1)       eq. 185, §6.9"""
         beta = column(self.beta(t))
         return beta * (self.K * x - 1) + (beta * self.K).sqrt() * eps
 
@@ -299,13 +308,13 @@ def loss_per_image(net, data, x, t):
     for discrete data            K beta(1) E_t t ||x - e_hat||^2                  (§6.12).
     """
     t = t.clamp(min=T_0)
-    theta = data.flow(x, torch.randn(x.shape).to(x.device), t)
+    theta = data.flow(x, common.randn_like(x), t)
     guess = data.guess(data.output(net, theta, t))
     return data.scale / 2 * data.alpha(t) * (x - guess).square().flatten(1).sum(1)
 
 
 def stratified(B):
-    """B times, uniform in [0, 1], one in each B-th part, in random order (VDM app. I.1)."""
+    """B times, uniform in [0, 1], one in each B-th part, in random order (as VDM app. I.1)."""
     return (torch.randperm(B) + torch.rand(B)) / B
 
 
@@ -337,7 +346,7 @@ def bayesian_flow(net, data, eps, times, deterministic=False):
             guess = data.guess(output)
             theta = data.flow(guess, data.noise(theta, guess, t), s)
         else:
-            theta = data.update(theta, data.draw(output), torch.randn(eps.shape).to(eps.device), t, s)
+            theta = data.update(theta, data.draw(output), common.randn_like(eps), t, s)
     yield 1.0, theta, data.output(net, theta, times[-1])
 
 
@@ -355,33 +364,35 @@ def generate(net, data, n, steps, sampler, **spacing):
 # ------------------------------------------------------------------------------------------------ the likelihood
 
 def bound(net, data, images):
-    """An upper bound on the code length of each image in data.unit, as its two terms, [B, 2]: loss plus reconstruction
-    (§2.3). An unbiased estimate, from one t for each image; images are as in `loss`."""
+    """An upper bound on the code length of each image in data.unit, as its two terms, [B, 2]: loss plus reconstruction.
+    An unbiased estimate, from one t for each image; images are as in `loss`."""
     x = data.encode(images)
     messages = loss_per_image(net, data, x, stratified(len(x)).to(x.device))
     t = torch.ones(len(x), device=x.device)
-    theta = data.flow(x, torch.randn(x.shape).to(x.device), t)
+    theta = data.flow(x, common.randn_like(x), t)
     reconstruction = data.cost(x, data.output(net, theta, t))
     return torch.stack([messages, reconstruction], dim=1) / data.nats_per_unit
 
 
 # ---------------------------------------------------------------------------------------------- the training loop
 
-def train(run, model, data):
+def train(run, method, data):
     """Train until --epochs are done, from the last finished one on."""
     while run.unfinished:
         for images in run.batches():
-            batch_loss = run.check(loss(run.net, data, images))
+            batch_loss = loss(run.net, data, images)
+            run.note(batch_loss)
             run.optimiser.zero_grad()
             batch_loss.backward()
             nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
+            run.warm_up()
             run.optimiser.step()
             run.ema.update()
-        run.end_epoch(model)
+        run.end_epoch(method)
 
 
 def open_run(args):
-    """The run in --out-dir, and its network as a model to sample from and to measure."""
+    """The run in --out-dir, and its network as a method to sample with and to measure."""
     data = TYPES[args.data_type]()
     run = common.Run(args, "bfn-" + args.data_type, f"BFN ({args.data_type})", data.unit, "belief", data.in_channels,
                      data.out_channels)
@@ -389,20 +400,20 @@ def open_run(args):
     def real(images):  # as the model has them: binarised, for discrete data
         return common.to_uint8(data.picture(data.encode(common.to_float(images))))
 
-    return run, common.Model(functools.partial(generate, run.net, data), functools.partial(bound, run.net, data),
+    return run, common.Method(functools.partial(generate, run.net, data), functools.partial(bound, run.net, data),
                              ["messages", "reconstruction"], list(SAMPLERS), real)
 
 
 def main(argv=None):
     args = common.arguments(__doc__, argv, data_type=dict(
         choices=list(TYPES), default="continuous", help="what a pixel is (default %(default)s)"))
-    run, model = open_run(args)
+    run, method = open_run(args)
     with run:
         if args.sample:
-            common.save_drawn(run, model)
+            common.save_drawn(run, method)
         else:
-            train(run, model, TYPES[args.data_type]())
-            common.finish(run, model)
+            train(run, method, TYPES[args.data_type]())
+            common.finish(run, method)
 
 
 if __name__ == "__main__":

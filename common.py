@@ -16,7 +16,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import matplotlib
 import torch
@@ -59,7 +59,8 @@ def arguments(description, argv, **extra):
     add("--batch-size", type=count, default=64, metavar="B", help="images a step (default %(default)s)")
     add("--lr", type=number(float, 1e-9, 1e9), default=2e-3, help="Adam's learning rate (default %(default)s)")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: a GPU if there is one")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="default: cuda where there is one, else cpu")
     add("--out-dir", type=Path, default="out", metavar="DIR", help="where runs are kept (default %(default)s)")
     add("--data-dir", type=Path, default="data", metavar="DIR", help="where data sets lie (default %(default)s)")
     add("--dataset", choices=["auto", *DATASETS, "drawn"], default="auto",
@@ -71,7 +72,10 @@ def arguments(description, argv, **extra):
     for name, keywords in extra.items():
         add("--" + name.replace("_", "-"), **keywords)
     args = parser.parse_args(argv)
-    args.description = parser.prog
+    if args.sample and args.fresh:
+        parser.error("--sample draws with the network that --fresh throws away: give one of them")
+    if args.limit and args.batch_size > args.limit:
+        parser.error(f"--batch-size {args.batch_size} is more than the {args.limit} images of --limit")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
@@ -82,8 +86,9 @@ def command(main):
     keep_freed_memory()
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
+        print("\nstopped; finished epochs are kept: the same command (without --fresh) goes on", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our output is gone, as in `| head -1`
         code = 1
@@ -93,9 +98,12 @@ def command(main):
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         code = 1
+    except Exception as error:  # too little memory, for one
+        print(f"error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        code = 1
     else:
         return
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)  # at once, and with no second try to write to a closed pipe
 
@@ -109,6 +117,29 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the largest that glibc takes
         libc.mallopt(-1, 1 << 30)   # M_TRIM_THRESHOLD
+
+
+def write(path, save):
+    """Call save(temporary name in the same folder), then rename: there is never half a file at path."""
+    temporary = path.with_name("part-" + path.name)  # the suffix stays: it tells matplotlib the format
+    try:
+        save(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise Fail(f"{path} could not be written ({error.strerror}); what stood there is still whole") from None
+        raise
+
+
+def save_tensors(path, value):
+    """torch.save, atomically. By way of memory: a full disk then raises OSError rather than an error of torch's own."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 class Progress:
@@ -162,8 +193,8 @@ def load_data(name, folder, seed, limit=None):
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torchvision tells of each address it tries
             parts = [kind(folder, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-        if name != "auto" or any(Path(folder).glob(f"{kind.__name__}/raw/*")):
+    except Exception as error:  # of the network, of the disk, or of what the files hold
+        if name != "auto" or len(list(Path(folder).glob(f"{kind.__name__}/raw/*-ubyte"))) == 4:
             raise Fail(f"{kind.__name__} in {folder} could not be read or downloaded ({first_line(error)}); "
                        "remove what is broken there, or use --dataset drawn") from None
         print(f"{kind.__name__} is not in {folder} and could not be downloaded ({first_line(error)}): "
@@ -182,7 +213,8 @@ def first_line(error):
 
 
 def drawn_data(seed, limit):
-    train, test = drawn_digits(min(60000, limit or 60000), 2 * seed), drawn_digits(min(10000, limit or 10000), 2 * seed + 1)
+    train = drawn_digits(min(60000, limit or 60000), 2 * seed)
+    test = drawn_digits(min(10000, limit or 10000), 2 * seed + 1)
     return Data("drawn digits", train[0], test[0], train[1], test[1])
 
 
@@ -276,8 +308,9 @@ def time_features(t):
 
 
 class ShuffleUnit(nn.Module):
-    """Half of the channels pass through two 3x3 convolutions, a quarter of the work of all of them; the other half
-    waits. The channel shuffle then deals both out anew, so that each channel has its turn (ShuffleNet, §3.1)."""
+    """Two 3x3 convolutions on one half of the channels, which is a quarter of the work of all of them, while the other
+    half waits (ShuffleNet V2, arXiv 1807.11164, §3). A channel shuffle then mixes the halves, so that the next unit
+    works on half of either (ShuffleNet, arXiv 1707.01083, §3.1)."""
 
     def __init__(self, channels, time_channels):
         super().__init__()
@@ -418,9 +451,11 @@ class Run:
                     from None
         if self.args.fresh:
             self.checkpoint.unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "epochs", ignore_errors=True)
         if self.checkpoint.exists():
             self.load()
+        else:
+            (self.folder / "metrics.json").unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "epochs", ignore_errors=True)
         if not self.args.sample:
             (self.folder / "epochs").mkdir(exist_ok=True)
             done = f", {len(self.history)} epochs done" if self.history else ""
@@ -456,7 +491,7 @@ class Run:
         if other:
             raise Fail(f"the run in {self.folder} has other settings ({'; '.join(other)}): "
                        "give those, or another --out-dir, or --fresh to throw that run away")
-        with contextlib.suppress(OSError, ValueError, KeyError):  # without them, it is measured again
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # without them, it is measured again
             metrics = json.loads((self.folder / "metrics.json").read_text())
             if len(metrics["history"]) == len(self.history):
                 self.final, self.frechet_curve = metrics["final"], metrics["frechet_curve"]
@@ -485,30 +520,35 @@ class Run:
         order = torch.randperm(len(self.train))
         self.progress = Progress(f"epoch {self.epoch}/{self.args.epochs}", count * size)
         for i in range(count):
-            self.optimiser.param_groups[0]["lr"] = self.args.lr * min(1, (self.ema.steps + 1) / WARM_UP)
             yield to_float(self.train[order[i * size:(i + 1) * size]]).to(self.device)
             self.progress.update((i + 1) * size, f"loss {self.losses[-1]:.4f}")
 
-    def check(self, loss):
-        """Note the loss of a batch and hand it back. Raises Fail where it is no longer a number."""
+    def warm_up(self):
+        """Set the learning rate of the next step: it rises over the run's first WARM_UP steps, and then stays."""
+        self.optimiser.param_groups[0]["lr"] = self.args.lr * min(1, (self.ema.steps + 1) / WARM_UP)
+
+    def note(self, loss):
+        """Note the loss of a batch. Raises Fail where it is no longer a number."""
         self.losses.append(loss.item())
         if not math.isfinite(self.losses[-1]):
             raise Fail(f"the loss is {self.losses[-1]} at step {len(self.losses)} of epoch {self.epoch} with --lr "
                        f"{self.args.lr:g}: try a smaller one; what earlier epochs trained is kept")
-        return loss
 
-    def end_epoch(self, model):
+    def end_epoch(self, method):
         """Measure, draw nine digits, write the checkpoint: after this, the epoch cannot be lost."""
         seconds = time.perf_counter() - self.progress.start
         with self.ema.averaged():
-            test = self.measure(model.bound, self.args.seed).sum(1)
-            preview = draw(model, 9, PREVIEW_STEPS, model.samplers[0], self.args.seed)
+            test = self.measure(method.bound, self.args.seed).sum(1)
+            preview = draw(method, 9, PREVIEW_STEPS, method.samplers[0], self.args.seed)
+        if not math.isfinite(test.mean()):
+            raise Fail(f"the network gives no numbers any more after epoch {self.epoch} with --lr {self.args.lr:g}: "
+                       "try a smaller one; what earlier epochs trained is kept")
         rate = len(self.losses) * self.args.batch_size / seconds
         row = {"epoch": self.epoch, "seconds": seconds, "images_per_second": rate,
                "train_loss": sum(self.losses) / len(self.losses), "test": test.mean().item(),
                "test_se": standard_error(test)}
-        self.progress.close(f"epoch {self.epoch}/{self.args.epochs}: {seconds:.0f} s, {rate:.0f} images/s, training loss "
-                            f"{row['train_loss']:.4f}, test {row['test']:.3f} +- {row['test_se']:.3f} {self.unit}")
+        self.progress.close(f"epoch {self.epoch}/{self.args.epochs}: {seconds:.0f} s, {rate:.0f} images/s, training "
+                            f"loss {row['train_loss']:.4f}, test {row['test']:.3f} +- {row['test_se']:.3f} {self.unit}")
         self.history.append(row)
         self.previews[self.epoch] = preview
         self.save()
@@ -530,9 +570,7 @@ class Run:
         state = {"settings": self.settings, "net": self.net.state_dict(), "ema": self.ema.weights,
                  "optimiser": self.optimiser.state_dict(), "steps": self.ema.steps, "history": self.history,
                  "previews": self.previews, "random_state": torch.get_rng_state()}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write(self.checkpoint, lambda path: path.write_bytes(buffer.getbuffer()))
+        save_tensors(self.checkpoint, state)
         self.write_metrics()
 
     def write_metrics(self):
@@ -549,13 +587,13 @@ CURVE_STEPS = (10, 20, 50, 100, 250, 1000)
 CURVE_COUNT = 500
 
 
-def draw(model, n, steps, sampler, seed, label=None):
-    """n images, uint8 [n, 1, 28, 28]: the last guesses of model.generate, of at most 500 at a time."""
+def draw(method, n, steps, sampler, seed, label=None):
+    """n images, uint8 [n, 1, 28, 28]: the last guesses of method.generate, of at most 500 at a time."""
     progress = Progress(label, n) if label else None
     images = []
     with seeded(seed):
         for start in range(0, n, 500):
-            for _, _, guess in model.generate(min(500, n - start), steps, sampler):
+            for _, _, guess in method.generate(min(500, n - start), steps, sampler):
                 pass
             images.append(to_uint8(guess))
             if progress:
@@ -571,6 +609,11 @@ def seeded(seed):
         yield
 
 
+def randn_like(x):
+    """Normal noise of x's shape on x's device, drawn on the CPU: the same numbers on every device."""
+    return torch.randn(x.shape).to(x.device)
+
+
 def standard_error(values):
     return (values.std() / len(values) ** 0.5).item()
 
@@ -580,15 +623,18 @@ def discretised_normal_nats(x, mean, sigma):
 
     A bin reaches half-way to the next value, the first and the last one to infinity. All tensors of one shape, or
     sigma a number. Differences of the distribution function are taken in its logarithm and its smaller tail, and
-    1000 deviations count as infinitely far: nothing under- or overflows, gradients included.
+    1000 deviations count as infinitely far (which caps the cost at some 500,000 nats): nothing under- or overflows,
+    gradients included. Computed on the CPU, since not every GPU has log_ndtr.
     """
-    far = 1e3
+    device, far = x.device, 1e3
+    x, mean = x.cpu(), mean.cpu()
+    sigma = sigma.cpu() if isinstance(sigma, torch.Tensor) else sigma
     low = torch.where(x < -1 + 1 / 255, -far, ((x - 1 / 255 - mean) / sigma).clamp(-far, far))
     high = torch.where(x > 1 - 1 / 255, far, ((x + 1 / 255 - mean) / sigma).clamp(-far, far))
     upper = low + high > 0
     low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
     log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-    return -(log_high + torch.log(-torch.expm1((log_low - log_high).clamp(max=-1e-6))))
+    return -(log_high + torch.log(-torch.expm1((log_low - log_high).clamp(max=-1e-6)))).to(device)
 
 
 # ------------------------------------------------------------------------------------------ the Frechet distance
@@ -604,7 +650,7 @@ def classifier():
 def trained_classifier(data, folders):
     """The classifier for a data set, from the first of folders that holds it, else trained (half a minute) and kept in
     the first that can be written."""
-    name = f"classifier-{data.name.lower().replace(' ', '-')}.pt"
+    name = f"classifier-{data.name.lower().replace(' ', '-')}-{len(data.train)}.pt"
     net = classifier()
     for folder in folders:
         with contextlib.suppress(Exception):  # not there, or not readable: then it is trained again
@@ -635,7 +681,7 @@ def trained_classifier(data, folders):
     for folder in folders:
         with contextlib.suppress(OSError, Fail):
             if folder.stat().st_mode & 0o200:  # a folder marked as read-only is left alone, though root could write
-                write(folder / name, lambda path: torch.save(net.state_dict(), path))
+                save_tensors(folder / name, net.state_dict())
                 break
     return net
 
@@ -668,22 +714,6 @@ matplotlib.rcParams.update({
 })
 
 
-def write(path, save):
-    """Call save(temporary name in the same folder), then rename: a run killed half-way leaves no broken file at path."""
-    temporary = path.with_name("part-" + path.name)  # the suffix stays: it tells matplotlib the format
-    try:
-        save(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise Fail(f"{path} could not be written ({error.strerror}); what stood there is still whole") from None
-        raise
-
-
 def draw_axes(count, width, height, title, left=MARGIN, bottom=MARGIN, top=20):
     """Title above count axes side by side, each of width x height pixels, with left pixels before each."""
     full_width = count * (left + width) + MARGIN
@@ -702,7 +732,7 @@ def draw_axes(count, width, height, title, left=MARGIN, bottom=MARGIN, top=20):
 
 def tile(images, columns):
     """Digits [N,1,28,28] -> one picture [N/columns*29-1, columns*29-1], with white lines between them."""
-    tiles = torch.nn.functional.pad(images[:, 0], (0, 1, 0, 1), value=255)
+    tiles = F.pad(images[:, 0], (0, 1, 0, 1), value=255)
     tiles = tiles.unflatten(0, (-1, columns)).transpose(1, 2)  # [rows, 29, columns, 29]
     return tiles.flatten(2).flatten(0, 1)[:-1, :-1].numpy()
 
@@ -824,7 +854,8 @@ def save_comparison_curves(path, runs, title):
             axes[2].loglog(steps, list(curve.values()), style, color=colours[name], markersize=4,
                            label=f"{name}, {sampler}")
     if frechet:
-        axes[2].axhline(result["floor"], color="#888888", linestyle="--", linewidth=1, label="real digits")
+        floor = next(iter(frechet.values()))["floor"]
+        axes[2].axhline(floor, color="#888888", linestyle="--", linewidth=1, label="real digits")
         axes[2].set(xlabel="sampling steps", ylabel=f"Fréchet distance of {result['count']} samples")
         axes[2].set_ylim(top=5 * axes[2].get_ylim()[1])  # room for the legend
         axes[2].minorticks_off()
@@ -838,43 +869,43 @@ def save_comparison_curves(path, runs, title):
 
 # -------------------------------------------------------------------------------------------------- a run's results
 
-class Model(NamedTuple):
+class Method(NamedTuple):
     """What a script lends to the functions below: its network as a generator of images and as a measure of them."""
-    generate: object   # (n, steps, sampler) -> (t, state, guess) for each step, [n, 1, 28, 28] in [-1, 1]; see `draw`
-    bound: object      # images [B, 1, 28, 28] in [-1, 1] -> [B, parts], their sum is the bound on each code length
-    parts: list        # names of the parts
-    samplers: list     # names of the paper's stochastic sampler, and of the deterministic one
-    real: object = lambda images: images  # uint8 images -> uint8, as the model has them
+    generate: Callable  # (n, steps, sampler) -> (t, state, guess) for each step, [n, 1, 28, 28] in [-1, 1]; see `draw`
+    bound: Callable     # images [B, 1, 28, 28] in [-1, 1] -> [B, parts], their sum is the bound on each code length
+    parts: list         # names of the parts
+    samplers: list      # names of the paper's stochastic sampler, and of the deterministic one
+    real: Callable = lambda images: images  # uint8 images -> uint8, as the model has them
 
 
-def sampler_for(steps, model):
+def sampler_for(steps, method):
     """The paper's sampler where there are steps enough for it, the deterministic one for fewer."""
-    return model.samplers[0 if steps >= PREVIEW_STEPS else 1]
+    return method.samplers[0 if steps >= PREVIEW_STEPS else 1]
 
 
-def save_drawn(run, model):
+def save_drawn(run, method):
     """--sample N: draw N images with the averaged network, into samples.pt, and nine of them into samples.png."""
     steps = run.args.steps or PREVIEW_STEPS
-    sampler = sampler_for(steps, model)
+    sampler = sampler_for(steps, method)
     start = time.perf_counter()
     with run.ema.averaged():
-        images = draw(model, run.args.sample, steps, sampler, run.args.seed, "drawing")
-    write(run.folder / "samples.pt", lambda path: torch.save(images, path))
+        images = draw(method, run.args.sample, steps, sampler, run.args.seed, "drawing")
+    save_tensors(run.folder / "samples.pt", images)
     nine = torch.cat([images, torch.zeros(9, 1, 28, 28, dtype=torch.uint8)])[:9]
     save_samples(run.folder / "samples.png", nine, f"{run.title} on {run.dataset}: {steps} steps, {sampler}")
     print(f"{len(images)} images in {time.perf_counter() - start:.1f} s ({steps} steps, {sampler}) -> "
           f"{run.folder / 'samples.pt'}")
 
 
-def finish(run, model):
+def finish(run, method):
     """What a run leaves at its end: final figures of merit (measured once), pictures, and the comparison."""
     with run.ema.averaged():
         if not run.final:
-            run.final = measure_final(run, model)
+            run.final = measure_final(run, method)
             run.write_metrics()
-        save_figures(run, model)
+        save_figures(run, method)
     print(describe(run))
-    compare(run, model)
+    compare(run, method)
 
 
 def describe(run):
@@ -888,19 +919,21 @@ def describe(run):
     return text
 
 
-def measure_final(run, model):
-    """The bound on the whole test set, from five estimates for each image; Frechet distance; time for nine digits."""
-    terms = torch.stack([run.measure(model.bound, seed=run.args.seed + i) for i in range(5)]).mean(0)
+def measure_final(run, method):
+    """The bound on the whole test set, from five estimates for each image; the Frechet distance of 10,000 images; time
+    for nine digits. After less than 20 epochs fewer images are drawn: measuring must not outlast the training."""
+    epochs = len(run.history)
+    terms = torch.stack([run.measure(method.bound, run.args.seed + i) for i in range(min(epochs, 5))]).mean(0)
     final = {"bound": terms.sum(1).mean().item(), "bound_se": standard_error(terms.sum(1)),
-             "parts": dict(zip(model.parts, terms.mean(0).tolist()))}
+             "parts": dict(zip(method.parts, terms.mean(0).tolist()))}
     start = time.perf_counter()
-    draw(model, 9, PREVIEW_STEPS, model.samplers[0], run.args.seed)
+    draw(method, 9, PREVIEW_STEPS, method.samplers[0], run.args.seed)
     final["seconds_nine"] = time.perf_counter() - start
-    count = min(10000, len(run.train), len(run.test))
-    if count >= 1000:  # fewer say nothing
-        judge = Judge(run, model, count)
+    count = min(500 * epochs, 10000, len(run.train), len(run.test))
+    if count >= 1000:  # fewer say little
+        judge = Judge(run, method, count)
         final |= {"frechet_count": count, "frechet_floor": judge.floor, "frechet_steps": PREVIEW_STEPS,
-                  "frechet": judge.distance(draw(model, count, PREVIEW_STEPS, model.samplers[0], run.args.seed,
+                  "frechet": judge.distance(draw(method, count, PREVIEW_STEPS, method.samplers[0], run.args.seed,
                                                  "drawing for the Frechet distance:"))}
     return final
 
@@ -908,22 +941,22 @@ def measure_final(run, model):
 class Judge:
     """Frechet distances of images from the test set; `floor` is that of as many training images, drawn at random."""
 
-    def __init__(self, run, model, count):
+    def __init__(self, run, method, count):
         self.net = trained_classifier(run.data, [run.args.data_dir, run.args.out_dir])
         with seeded(run.args.seed):
-            self.test = features(self.net, model.real(run.test))
+            self.test = features(self.net, method.real(run.test))
             chosen = torch.randperm(len(run.train))[:count]
-            self.floor = self.distance(model.real(run.train[chosen]))
+            self.floor = self.distance(method.real(run.train[chosen]))
 
     def distance(self, images):
         return frechet_distance(features(self.net, images), self.test)
 
 
-def trace(model, n, steps, sampler, seed):
+def trace(method, n, steps, sampler, seed):
     """The whole process: times, and states and guesses, uint8 [steps + 1, n, 1, 28, 28]."""
     with seeded(seed):
         times, states, guesses = zip(*[(t, to_uint8(state), to_uint8(guess))
-                                       for t, state, guess in model.generate(n, steps, sampler)])
+                                       for t, state, guess in method.generate(n, steps, sampler)])
     return times, torch.stack(states), torch.stack(guesses)
 
 
@@ -932,7 +965,7 @@ def spread(count, total):
     return torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
 
 
-def save_figures(run, model):
+def save_figures(run, method):
     """Draw a run's pictures: figures 1 to 4 of the README, the curves and the film."""
     name = f"{run.title} on {run.dataset}, {len(run.history)} epochs"
     for epoch, images in run.previews.items():
@@ -941,9 +974,9 @@ def save_figures(run, model):
     save_training(run.folder / "training.png", {epochs[i]: run.previews[epochs[i]] for i in spread(6, len(epochs))},
                   f"{run.title} on {run.dataset}: the same nine draws as training goes on")
     steps = run.args.steps or 1000
-    sampler = sampler_for(steps, model)
+    sampler = sampler_for(steps, method)
     how = f"{steps} steps, {sampler}"
-    times, states, guesses = trace(model, 9, steps, sampler, run.args.seed)
+    times, states, guesses = trace(method, 9, steps, sampler, run.args.seed)
     save_samples(run.folder / "samples.png", guesses[-1], f"{name}: {how}")
     chosen = spread(10, len(times))
     save_steps(run.folder / "steps.png", [(run.state_name, states[chosen, 0]), ("guess", guesses[chosen, 0])],
@@ -959,13 +992,13 @@ RUNS = {"diffusion": ("diffusion", {}), "bfn-continuous": ("bfn", {"data_type": 
 HELD_EQUAL = ("dataset", "batch_size", "lr", "seed", "limit")  # beside network, optimiser and epochs
 
 
-def compare(run, model):
+def compare(run, method):
     """Where finished runs of diffusion and of a BFN stand beside each other: measure both alike, draw and tabulate."""
     standing = {}
     for name in RUNS:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             metrics = json.loads((run.args.out_dir / name / "metrics.json").read_text())
-            if metrics["final"]:
+            if metrics["final"] and (run.args.out_dir / name / "checkpoint.pt").exists():
                 standing[name] = metrics
     if "diffusion" not in standing or len(standing) < 2:
         return
@@ -977,15 +1010,15 @@ def compare(run, model):
             del standing[name]
     if len(standing) < 2 or run.model not in standing:
         return
-    runs, models = {}, {}
+    runs, methods = {}, {}
     with contextlib.ExitStack() as stack:
         for name in standing:
             if name == run.model:
-                runs[name], models[name] = run, model
+                runs[name], methods[name] = run, method
             else:
                 script, flags = RUNS[name]
                 args = argparse.Namespace(**vars(run.args) | flags | {"sample": 1, "fresh": False})
-                runs[name], models[name] = importlib.import_module(script).open_run(args)
+                runs[name], methods[name] = importlib.import_module(script).open_run(args)
                 runs[name].train, runs[name].test, runs[name].data = run.train, run.test, run.data
                 try:
                     stack.enter_context(runs[name])
@@ -993,30 +1026,30 @@ def compare(run, model):
                     print(f"nothing is compared: {error}")
                     return
             stack.enter_context(runs[name].ema.averaged())
-            measure_curve(runs[name], models[name])
-        draw_comparison(run.args, runs, models)
+            measure_curve(runs[name], methods[name])
+        draw_comparison(run.args, runs, methods)
 
 
-def measure_curve(run, model):
+def measure_curve(run, method):
     """Frechet distance over sampling steps, for both samplers; kept in metrics.json point by point."""
     count = min(CURVE_COUNT, len(run.train), len(run.test))
     if count < CURVE_COUNT:
         return
-    curve = run.frechet_curve or {"count": count, "curves": {name: {} for name in model.samplers}}
-    missing = [(name, steps) for name in model.samplers for steps in CURVE_STEPS
+    curve = run.frechet_curve or {"count": count, "curves": {name: {} for name in method.samplers}}
+    missing = [(name, steps) for name in method.samplers for steps in CURVE_STEPS
                if str(steps) not in curve["curves"][name]]
     if not missing:
         return
-    judge = Judge(run, model, count)
+    judge = Judge(run, method, count)
     curve["floor"] = judge.floor
     for name, steps in missing:
         label = f"{run.title}: Frechet distance, {steps} steps, {name}:"
-        curve["curves"][name][str(steps)] = judge.distance(draw(model, count, steps, name, run.args.seed, label))
+        curve["curves"][name][str(steps)] = judge.distance(draw(method, count, steps, name, run.args.seed, label))
         run.frechet_curve = curve
         run.write_metrics()
 
 
-def draw_comparison(args, runs, models):
+def draw_comparison(args, runs, methods):
     """Figures 5 and 6 of the README, the film, the curves and the table."""
     folder = args.out_dir / "comparison"
     folder.mkdir(exist_ok=True)
@@ -1025,20 +1058,22 @@ def draw_comparison(args, runs, models):
     epochs = len(runs["diffusion"].history)
     subject = f"on {runs['diffusion'].dataset}, {epochs} epochs each"
     steps = args.steps or PREVIEW_STEPS
-    traces = {name: trace(model, 9, steps, sampler_for(steps, model), args.seed) for name, model in models.items()}
-    panels = [(f"{runs[name].title}, {sampler_for(steps, models[name])}", guesses[-1]) for name, (_, _, guesses)
+    traces = {name: trace(method, 9, steps, sampler_for(steps, method), args.seed) for name, method in methods.items()}
+    panels = [(f"{runs[name].title}, {sampler_for(steps, methods[name])}", guesses[-1]) for name, (_, _, guesses)
               in traces.items()]
     save_side_by_side(folder / "samples.png", panels, f"DDPM and BFN {subject}: {steps} steps from the same noise")
     two = ["diffusion", next(name for name in runs if name != "diffusion")]
     chosen = spread(10, steps + 1)
-    rows = [row for name in two for row in ((f"{runs[name].title}: {runs[name].state_name}", traces[name][1][chosen, 0]),
-                                            ("guess", traces[name][2][chosen, 0]))]
+    rows = []
+    for name in two:
+        _, states, guesses = traces[name]
+        rows += [(f"{runs[name].title}: {runs[name].state_name}", states[chosen, 0]), ("guess", guesses[chosen, 0])]
     save_steps(folder / "steps.png", rows, [f"step {i}" for i in chosen],
                f"DDPM and BFN {subject}: one digit, from the same noise")
     save_gif(folder / "process.gif", [(runs[name].title, traces[name][1][spread(50, steps + 1)]) for name in two],
              f"From the same noise, {subject}")
     save_comparison_curves(folder / "curves.png", metrics, f"DDPM and BFN {subject}, same network")
-    write(folder / "table.md", lambda path: path.write_text(table(runs)))
+    write(folder / "table.md", lambda path: path.write_text(table(runs), encoding="utf-8"))
     print(f"comparison of {', '.join(runs)} -> {folder}")
 
 

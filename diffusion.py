@@ -25,7 +25,7 @@ from torch import nn
 import common
 
 T = 1000
-SAMPLERS = {"ancestral": 1.0, "DDIM": 0.0}  # name: eta
+SAMPLERS = {"ancestral": 1.0, "DDIM": 0.0}  # name: eta, the share of fresh noise in each step
 
 
 # -------------------------------------------------------------------------------------------------- the schedule
@@ -58,7 +58,7 @@ def predict_v(net, x_t, t):
     DDPM predicts eps. Where x_t is nearly all noise eps is known and says nothing of the image; there, v is -x_0.
     """
     signal, noise = signal_and_noise(t)
-    signal = signal.clamp(min=1e-3)
+    signal = signal.clamp(min=1e-3)  # it is 0 at t = 1, where the features vanish anyway
     features = common.fourier_features(x_t / signal.view(-1, 1, 1, 1), noise / signal)
     return net(torch.cat([x_t, features], dim=1), t)
 
@@ -77,12 +77,12 @@ def loss(net, x_0):
 
     L = E ||v - v_net(x_t, t)||^2 / 784                                      DDPM eq. 14, with v in place of eps
 
-    The steps are stratified, one in each B-th part of 1..T: the same mean, with less noise in it (VDM app. I.1).
+    The steps are stratified, one in each B-th part of 1..T: the same mean, with less noise in it (as VDM app. I.1).
     """
     B = len(x_0)
-    steps = ((torch.arange(B) + torch.rand(B)) * T / B).long().clamp(max=T - 1) + 1
-    t = (steps / T).to(x_0.device)
-    eps = torch.randn(x_0.shape).to(x_0.device)
+    i = ((torch.arange(B) + torch.rand(B)) * T / B).long().clamp(max=T - 1) + 1
+    t = (i / T).to(x_0.device)
+    eps = common.randn_like(x_0)
     signal, noise = signal_and_noise(t.view(-1, 1, 1, 1))
     v = signal * eps - noise * x_0
     return (v - predict_v(net, diffuse(x_0, eps, t), t)).square().mean()
@@ -104,14 +104,14 @@ def reverse_process(net, x_T, steps, eta=0.0):
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     for t, s in zip(times[:-1], times[1:]):
         (signal_t, noise_t), (signal_s, noise_s) = signal_and_noise(t), signal_and_noise(s)
-        x_0 = predict_x_0(net, x_t, t.float().to(x_t.device).expand(len(x_t)))
-        yield t.item(), x_t, x_0
-        eps = (x_t - signal_t.item() * x_0) / noise_t.item()
-        # 1 - alpha_bar_t / alpha_bar_s, without the rounding of a difference of numbers close to 1
+        guess = predict_x_0(net, x_t, t.float().to(x_t.device).expand(len(x_t)))
+        yield t.item(), x_t, guess
+        eps = (x_t - signal_t.item() * guess) / noise_t.item()
+        # 1 - alpha_bar_t / alpha_bar_s = (noise_t^2 - noise_s^2) / signal_s^2
         sigma = eta * noise_s / noise_t * (noise_t ** 2 - noise_s ** 2).sqrt() / signal_s
-        x_t = signal_s.item() * x_0 + (noise_s ** 2 - sigma ** 2).clamp(min=0).sqrt().item() * eps
+        x_t = signal_s.item() * guess + (noise_s ** 2 - sigma ** 2).clamp(min=0).sqrt().item() * eps
         if eta:
-            x_t = x_t + sigma.item() * torch.randn(x_t.shape).to(x_t.device)
+            x_t = x_t + sigma.item() * common.randn_like(x_t)
     yield 0.0, x_t, x_t
 
 
@@ -123,17 +123,17 @@ def generate(net, n, steps, sampler):
 
 # ------------------------------------------------------------------------------------------------ the likelihood
 
-def step_cost(x_0, guess, steps):
+def step_cost(x_0, guess, i):
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], with guess = x_0(x_t): one term of the bound.
 
     L_{t-1} = ||mu_tilde(x_t, x_0) - mu_tilde(x_t, guess)||^2 / (2 beta_tilde_t)                     DDPM eq. 7, 8
             = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - guess||^2,  SNR = alpha_bar / (1 - alpha_bar)               VDM eq. 13
 
-    steps: int [B] in 2..T.
+    i: the step t, int [B] in 2..T.
     """
-    snr = [(signal / noise).square() for signal, noise in
-           (signal_and_noise(i.double() / T) for i in (steps - 1, steps))]
-    return 0.5 * (snr[0] - snr[1]).float().to(x_0.device) * (x_0 - guess).square().flatten(1).sum(1)
+    (signal_s, noise_s), (signal_t, noise_t) = signal_and_noise((i.double() - 1) / T), signal_and_noise(i.double() / T)
+    drop = (signal_s / noise_s) ** 2 - (signal_t / noise_t) ** 2
+    return 0.5 * drop.float().to(x_0.device) * (x_0 - guess).square().flatten(1).sum(1)
 
 
 def decoder_cost(x_0, guess):
@@ -156,11 +156,11 @@ def bound(net, x_0):
     u = (torch.randperm(B) + torch.rand(B, dtype=torch.float64)) / B
     index = torch.searchsorted(p.cumsum(0), u).clamp(max=T - 2)
     t = ((index + 2) / T).to(x_0.device)
-    guess = predict_x_0(net, diffuse(x_0, torch.randn(x_0.shape).to(x_0.device), t), t)
+    guess = predict_x_0(net, diffuse(x_0, common.randn_like(x_0), t), t)
     diffusion = step_cost(x_0, guess, index + 2) / p[index].float().to(x_0.device)
 
     first = torch.full_like(t, 1 / T)
-    guess = predict_x_0(net, diffuse(x_0, torch.randn(x_0.shape).to(x_0.device), first), first)
+    guess = predict_x_0(net, diffuse(x_0, common.randn_like(x_0), first), first)
     decoder = decoder_cost(x_0, guess)
 
     signal, noise = signal_and_noise(torch.ones((), device=x_0.device))  # KL(N(signal x_0, noise^2) || N(0, 1))
@@ -170,35 +170,37 @@ def bound(net, x_0):
 
 # ---------------------------------------------------------------------------------------------- the training loop
 
-def train(run, model):
+def train(run, method):
     """Train until --epochs are done, from the last finished one on."""
     while run.unfinished:
         for x_0 in run.batches():
-            batch_loss = run.check(loss(run.net, x_0))
+            batch_loss = loss(run.net, x_0)
+            run.note(batch_loss)
             run.optimiser.zero_grad()
             batch_loss.backward()
             nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
+            run.warm_up()
             run.optimiser.step()
             run.ema.update()
-        run.end_epoch(model)
+        run.end_epoch(method)
 
 
 def open_run(args):
-    """The run in --out-dir, and its network as a model to sample from and to measure."""
+    """The run in --out-dir, and its network as a method to sample with and to measure."""
     run = common.Run(args, "diffusion", "DDPM", "bits/dim", "x_t", in_channels=1 + 16, out_channels=1)
-    return run, common.Model(functools.partial(generate, run.net), functools.partial(bound, run.net),
+    return run, common.Method(functools.partial(generate, run.net), functools.partial(bound, run.net),
                              ["prior", "diffusion", "decoder"], list(SAMPLERS))
 
 
 def main(argv=None):
     args = common.arguments(__doc__, argv)
-    run, model = open_run(args)
+    run, method = open_run(args)
     with run:
         if args.sample:
-            common.save_drawn(run, model)
+            common.save_drawn(run, method)
         else:
-            train(run, model)
-            common.finish(run, model)
+            train(run, method)
+            common.finish(run, method)
 
 
 if __name__ == "__main__":
