@@ -980,7 +980,7 @@ def save_figures(run, method):
     save_samples(run.folder / "samples.png", guesses[-1], f"{name}: {how}")
     chosen = spread(10, len(times))
     save_steps(run.folder / "steps.png", [(run.state_name, states[chosen, 0]), ("guess", guesses[chosen, 0])],
-               [f"t = {times[i]:.2f}" for i in chosen], f"{name}: one digit, {how}")
+               [f"t = {times[i]:.3f}" for i in chosen], f"{name}: one digit, {how}")
     save_gif(run.folder / "process.gif", [(f"{run.title}, {how}", states[spread(50, len(times))])], run.dataset)
     save_curves(run.folder / "curves.png", run.history, run.unit, name)
 
@@ -1026,7 +1026,8 @@ def compare(run, method):
                     print(f"nothing is compared: {error}")
                     return
             stack.enter_context(runs[name].ema.averaged())
-            measure_curve(runs[name], methods[name])
+            if runs[name].unit == standing["diffusion"]["unit"]:  # binary digits are on another scale
+                measure_curve(runs[name], methods[name])
         draw_comparison(run.args, runs, methods)
 
 
