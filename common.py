@@ -584,7 +584,7 @@ class Run:
 
 PREVIEW_STEPS = 50   # for the nine digits after each epoch, and for the Frechet distance
 CURVE_STEPS = (10, 20, 50, 100, 250, 1000)
-CURVE_COUNT = 500
+CURVE_COUNT = 300
 
 
 def draw(method, n, steps, sampler, seed, label=None):
@@ -1033,8 +1033,8 @@ def compare(run, method):
 
 def measure_curve(run, method):
     """Frechet distance over sampling steps, for both samplers; kept in metrics.json point by point."""
-    count = min(CURVE_COUNT, len(run.train), len(run.test))
-    if count < CURVE_COUNT:
+    count = CURVE_COUNT
+    if min(len(run.train), len(run.test)) < count:
         return
     curve = run.frechet_curve or {"count": count, "curves": {name: {} for name in method.samplers}}
     missing = [(name, steps) for name in method.samplers for steps in CURVE_STEPS

@@ -97,8 +97,8 @@ def reverse_process(net, x_T, steps, eta=0.0):
     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z, z ~ N(0, I)           DDIM eq. 12
     sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s)              DDIM eq. 16
 
-    eta = 1 over all T steps is DDPM's algorithm 2, with the variance beta-tilde of its eq. 7. eta = 0 adds no noise
-    on the way, and gets there in far fewer steps. `steps` may be any number: t need not be a multiple of 1 / T.
+    eta = 1 over all T steps is DDPM's algorithm 2, with the variance beta-tilde of its eq. 7; eta = 0 adds no noise on
+    the way (DDIM). `steps` may be any number: t need not be a multiple of 1 / T.
     """
     x_t = x_T
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
