@@ -15,6 +15,7 @@ import shutil
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -467,7 +468,9 @@ class Run:
         """Load the checkpoint, and the measurements beside it."""
         keep = "it is left as it is: move it away, or start over with --fresh"
         try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # plain values, never code
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the error below says it all
+                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # plain values, never code
             settings = state["settings"]
             if settings["model"] == self.model:
                 self.net.load_state_dict(state["net"])
