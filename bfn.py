@@ -117,8 +117,9 @@ class Continuous:
     def training_times(self, u):
         """Times to train at, for u uniform in [0, 1]: every other one as in the paper, every other one "cosine".
 
-        The loss at either is weighted alike. So it is not the paper's loss, but the mean of that and of one that looks
-        at shapes: with the paper's times alone, bits/dim were a little lower, and digits far worse.
+        Both count alike. So it is not the paper's loss, but the mean of that and of one that looks at shapes. Weighted
+        by 1 / density, which makes it the paper's, bits/dim were 1.22 instead of 1.25 after 1.8 epochs, but the Frechet
+        distance 361 instead of 209 (with an earlier, smaller network).
         """
         return torch.where(torch.arange(len(u)) % 2 == 0, u, self.times(u))
 
@@ -213,7 +214,7 @@ class Discrete:
     """Pixels as one of K classes (§6). x and theta are [B, K, 28, 28]: x has a 1 at the class and 0 elsewhere; theta
     is kept as logits z, and the belief is softmax(z)."""
 
-    beta_1 = 9.0  # the paper's text has 3, its released configuration 9
+    beta_1 = 9.0  # as in the paper's released configuration for MNIST, where its square root is 3
     unit, nats_per_unit = "nats/image", 1.0
 
     def __init__(self, K=2):
