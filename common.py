@@ -101,7 +101,7 @@ def command(main):
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         code = 1
     except Exception as error:  # too little memory, for one
-        print(f"error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         code = 1
     else:
         return
@@ -197,9 +197,9 @@ def load_data(name, folder, seed, limit=None):
             parts = [kind(folder, train=train, download=True) for train in (True, False)]
     except Exception as error:  # of the network, of the disk, or of what the files hold
         if name != "auto" or len(list(Path(folder).glob(f"{kind.__name__}/raw/*-ubyte"))) == 4:
-            raise Fail(f"{kind.__name__} in {folder} could not be read or downloaded ({first_line(error)}); "
+            raise Fail(f"{kind.__name__} in {folder} could not be read or downloaded ({one_line(error)}); "
                        "remove what is broken there, or use --dataset drawn") from None
-        print(f"{kind.__name__} is not in {folder} and could not be downloaded ({first_line(error)}): "
+        print(f"{kind.__name__} is not in {folder} and could not be downloaded ({one_line(error)}): "
               "going on with digits drawn from fonts")
         return drawn_data(seed, limit)
     for part, count in zip(parts, (60000, 10000)):
@@ -210,8 +210,8 @@ def load_data(name, folder, seed, limit=None):
     return Data(kind.__name__, train.data[:, None], test.data[:, None], train.targets, test.targets)
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def drawn_data(seed, limit):
@@ -485,7 +485,7 @@ class Run:
             raise
         except Exception as error:  # whatever a file that is no checkpoint of ours makes torch raise
             raise Fail(f"{self.checkpoint} is not a checkpoint that can be used ({type(error).__name__}: "
-                       f"{first_line(error)}); {keep}") from None
+                       f"{one_line(error)}); {keep}") from None
         if settings["model"] != self.model:
             raise Fail(f"{self.checkpoint} is a checkpoint of {settings['model']}, not of {self.model}; {keep}")
         if self.args.sample:
