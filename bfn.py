@@ -4,6 +4,9 @@
 # ///
 """A Bayesian Flow Network (BFN) of MNIST: trains it, samples from it, measures it, for three types of data.
 
+    python bfn.py                             (`python bfn.py --help` lists the flags)
+    python bfn.py --data-type discrete
+
 Alice sends Bob an image through noise, a little more accurately with each message. Bob has a belief about each pixel
 on its own (the input distribution, with parameters theta) and improves it with each message by Bayes' rule. A network
 looks at all of these beliefs together and guesses the image (the output distribution): the better it guesses, the
@@ -305,8 +308,8 @@ def loss_per_image(net, data, x, t):
 
     L_inf = E_t  scale / 2  alpha(t) ||x - guess(theta, t)||^2
 
-    For continuous data this is  -ln(sigma_1) E_t sigma_1^(-2t) ||x - x_hat||^2   (§4.12; discretized: §5.5),
-    for discrete data            K beta(1) E_t t ||x - e_hat||^2                  (§6.12).
+    For continuous data this is  -ln(sigma_1) E_t sigma_1^(-2t) ||x - x_hat||^2   (eq. 101; discretized: §5.5),
+    for discrete data            K beta(1) E_t t ||x - e_hat||^2                  (eq. 205).
     """
     t = t.clamp(min=T_0)
     theta = data.flow(x, common.randn_like(x), t)
@@ -333,10 +336,11 @@ def bayesian_flow(net, data, eps, times, deterministic=False):
     eps, [N, C, 28, 28] ~ N(0, 1), is the noise in the first belief, of accuracy next to nothing. On each step from t
     to s the network guesses x, and then, either
 
-    - Bob draws x from the output distribution and makes up a message about it: theta_s = update(theta_t, x, noise)
-      (§4.13, §5.6, §6.13). Accuracies add up (§2.4), so that any times will do;
+    - Bob takes x from the output distribution (a draw; for continuous data, the guess itself) and makes up a message
+      about it: theta_s = update(theta_t, x, noise) (algorithms 3, 6, 9). Accuracies add up (§4.4, §6.7), so that any
+      times will do;
     - or theta moves to where it would be at s if the image were the guess and the noise in theta_t the same: the
-      first-order solution of the flow's ODE, good with few steps (BFN-Solver1 in Solver §4 and §5).
+      first-order solution of the flow's ODE (BFN-Solver1 in Solver §4 and §5).
     """
     times = times.float().to(eps.device)[:, None].expand(-1, len(eps))
     theta = data.prior(eps)

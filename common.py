@@ -147,8 +147,8 @@ def save_tensors(path, value):
 class Progress:
     """One line that tells how far some long work is: in place on a terminal, now and then elsewhere."""
 
-    def __init__(self, label, total, unit="images"):
-        self.label, self.total, self.unit = label, total, unit
+    def __init__(self, label, total):
+        self.label, self.total = label, total
         self.start = self.shown = time.perf_counter()
 
     def update(self, done, note=""):
@@ -158,7 +158,7 @@ class Progress:
         self.shown = now
         rate = done / (now - self.start)
         left = (self.total - done) / rate
-        text = f"{self.label} {done / self.total:4.0%} {rate:.0f} {self.unit}/s {left:.0f} s left {note}"
+        text = f"{self.label} {done / self.total:4.0%} {rate:.0f} images/s {left:.0f} s left {note}"
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1
             print("\r" + text[:width].ljust(width), end="", flush=True)

@@ -4,6 +4,8 @@
 # ///
 """A denoising diffusion model (DDPM) of MNIST: trains it, samples from it, measures it.
 
+    python diffusion.py                       (`python diffusion.py --help` lists the flags)
+
 Noise is added to an image x_0 in T steps, x_1, ..., x_T, until nothing of it is left. A network learns to take such a
 step back; from pure noise, T steps back make a new image. This file is all of it, in this order: the noise schedule,
 the loss, the sampler, the likelihood bound, the training loop. Equation numbers are those of
