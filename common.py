@@ -1047,19 +1047,18 @@ def compare(run, method):
 
 def measure_curve(run, method):
     """Frechet distance over sampling steps, for both samplers; kept in metrics.json point by point."""
-    count = CURVE_COUNT
-    if min(len(run.train), len(run.test)) < count:
+    if min(len(run.train), len(run.test)) < CURVE_COUNT:
         return
-    curve = run.frechet_curve or {"count": count, "curves": {name: {} for name in method.samplers}}
+    curve = run.frechet_curve or {"count": CURVE_COUNT, "curves": {name: {} for name in method.samplers}}
     missing = [(name, steps) for name in method.samplers for steps in CURVE_STEPS
                if str(steps) not in curve["curves"][name]]
     if not missing:
         return
-    judge = Judge(run, method, count)
+    judge = Judge(run, method, CURVE_COUNT)
     curve["floor"] = judge.floor
     for name, steps in missing:
         label = f"{run.title}: Frechet distance, {steps} steps, {name}:"
-        curve["curves"][name][str(steps)] = judge.distance(draw(method, count, steps, name, run.args.seed, label))
+        curve["curves"][name][str(steps)] = judge.distance(draw(method, CURVE_COUNT, steps, name, run.args.seed, label))
         run.frechet_curve = curve
         run.write_metrics()
 
