@@ -387,12 +387,10 @@ def train(run, method, data):
         for images in run.batches():
             batch_loss = loss(run.net, data, images)
             run.note(batch_loss)
-            run.optimiser.zero_grad()
+            run.net.zero_grad()
             batch_loss.backward()
             nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
-            run.warm_up()
-            run.optimiser.step()
-            run.ema.update()
+            run.step()
         run.end_epoch(method)
 
 

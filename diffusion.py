@@ -178,12 +178,10 @@ def train(run, method):
         for x_0 in run.batches():
             batch_loss = loss(run.net, x_0)
             run.note(batch_loss)
-            run.optimiser.zero_grad()
+            run.net.zero_grad()
             batch_loss.backward()
             nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
-            run.warm_up()
-            run.optimiser.step()
-            run.ema.update()
+            run.step()
         run.end_epoch(method)
 
 

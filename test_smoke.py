@@ -346,6 +346,32 @@ def test_each_sample_is_alone_in_its_batch():
         assert torch.allclose(net(x[i:i + 1], t[i:i + 1])[0], together[i], atol=1e-4)
 
 
+def test_orthogonal_keeps_the_singular_vectors_and_evens_out_the_values():
+    U, V = [torch.linalg.qr(torch.randn(2, n, 8))[0] for n in (8, 40)]
+    S = torch.linspace(0.1, 1, 8)
+    found = U.mT @ common.orthogonal(U * S @ V.mT) @ V
+    values = found.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.65 and values.max() < 1.25
+    assert (found - torch.diag_embed(values)).abs().max() < 1e-5
+
+
+def test_muon_takes_the_steps_of_torchs_own():
+    ours = [torch.randn(8, 2, 3, 3).requires_grad_() for _ in range(2)] + [torch.randn(8, 4, 3, 3).requires_grad_()]
+    theirs = [w.detach().flatten(1).clone().requires_grad_() for w in ours]
+    optimisers = [common.Muon(ours, lr=0.1),
+                  torch.optim.Muon(theirs, lr=0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
+    start = [w.detach().clone() for w in theirs]
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.flatten(1)
+        for optimiser in optimisers:
+            optimiser.step()
+    for a, b, before in zip(ours, theirs, start):
+        ours_moved, theirs_moved = a.detach().flatten(1) - before, b.detach() - before
+        assert (ours_moved - theirs_moved).norm() < 0.02 * theirs_moved.norm()  # they compute in bfloat16
+
+
 def test_ema_is_the_weighted_mean():
     net = torch.nn.Linear(1, 1, bias=False)
     ema = common.EMA(net, power=3.0)
