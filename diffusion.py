@@ -181,7 +181,7 @@ def train(run, method):
             run.net.zero_grad()
             batch_loss.backward()
             nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
-            run.step()
+            run.step()  # of the optimisers, and of the average of the weights
         run.end_epoch(method)
 
 
