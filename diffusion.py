@@ -77,17 +77,20 @@ def predict_x_0(net, x_t, t):
 def loss(net, x_0):
     """The training loss of a batch, a scalar, with steps t drawn evenly from 1..T:
 
-    L = E ||v - v_net(x_t, t)||^2 / 784                                      DDPM eq. 14, with v in place of eps
+    L = E ||x_0 - x_0(x_t, t)||^2 / (1 - alpha_bar) / 784                                  PD §4, "SNR + 1 weighting"
+
+    For a guess x_0(x_t, t) within [-1, 1] this is ||v - v_net||^2, which is DDPM's eq. 14 with v in place of eps. But
+    the guess is clipped, as it is in sampling: where a pixel is black, which most are, all guesses from black on down
+    are right, and the network need not hit a number. After 1.5 epochs with and without: 1.70 and 1.80 bits/dim.
 
     The steps are stratified, one in each B-th part of 1..T: the same mean, with less noise in it (as VDM app. I.1).
     """
     B = len(x_0)
     i = ((torch.arange(B) + torch.rand(B)) * T / B).long().clamp(max=T - 1) + 1
     t = (i / T).to(x_0.device)
-    eps = common.randn_like(x_0)
-    signal, noise = signal_and_noise(t.view(-1, 1, 1, 1))
-    v = signal * eps - noise * x_0
-    return (v - predict_v(net, diffuse(x_0, eps, t), t)).square().mean()
+    _, noise = signal_and_noise(t.view(-1, 1, 1, 1))
+    guess = predict_x_0(net, diffuse(x_0, common.randn_like(x_0), t), t)
+    return ((x_0 - guess) / noise).square().mean()
 
 
 # --------------------------------------------------------------------------------------------------- the sampler

@@ -122,6 +122,21 @@ def test_step_cost_is_the_divergence_of_the_two_normals():
     assert torch.allclose(diffusion.step_cost(x_0, guess, steps).double(), expected, rtol=1e-4)
 
 
+def test_loss_is_that_of_v_but_for_clipped_guesses(monkeypatch):
+    """With a guess of v that is off by 0.1: 0.01 where the guess of x_0 stays within [-1, 1], less where it can't."""
+    eps = torch.randn(64, 1, 28, 28)
+
+    def predict_v(x_0, x_t, t):  # in place of the network, it is given the answer
+        signal, noise = [a.view(-1, 1, 1, 1) for a in diffusion.signal_and_noise(t)]
+        return signal * eps - noise * x_0 + 0.1
+    monkeypatch.setattr(common, "randn_like", lambda x: eps)
+    monkeypatch.setattr(diffusion, "predict_v", predict_v)
+    grey = torch.rand(64, 1, 28, 28) - 0.5
+    assert diffusion.loss(grey, grey).item() == pytest.approx(0.01, rel=1e-3)
+    black = torch.full_like(grey, -1)
+    assert diffusion.loss(black, black).item() < 1e-6
+
+
 def ideal_diffusion(monkeypatch, images):
     def predict(net, x_t, t):
         signal, noise = diffusion.signal_and_noise(t)
