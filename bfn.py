@@ -118,13 +118,12 @@ class Continuous:
         return u.clamp(T_0, 1)
 
     def training_times(self, u):
-        """Times to train at, for u uniform in [0, 1]: every other one as in the paper, every other one "cosine".
+        """Times to train at, for u uniform in [0, 1]: one in four as in the paper, the others "cosine".
 
-        Both count alike. So it is not the paper's loss, but the mean of that and of one that looks at shapes. Weighted
-        by 1 / density, which makes it the paper's, bits/dim were 1.22 instead of 1.25 after 1.8 epochs, but the Frechet
-        distance 361 instead of 209 (with an earlier, smaller network).
+        All count alike. So it is not the paper's loss, but a mean of that and of one that looks at shapes. After 1.5
+        epochs, with one in two and one in four: 1.160 and 1.194 bits/dim, Frechet distance of 1000 images 60 and 35.
         """
-        return torch.where(torch.arange(len(u)) % 2 == 0, u, self.times(u))
+        return torch.where(torch.arange(len(u)) % 4 == 0, u, self.times(u))
 
     def predict(self, net, mu, t):
         """What the network says of mu, [B, out_channels, 28, 28].
