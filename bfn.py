@@ -35,10 +35,6 @@ SAMPLERS = {"Bayesian updates": False, "ODE": True}  # name: deterministic
 T_0 = 1e-5  # sampling starts here, not at 0, where the continuous belief scaled to unit noise would be 0 / 0
 
 
-def column(t):
-    return t.view(-1, 1, 1, 1)
-
-
 # --------------------------------------------------------------------------------------------- the types of data
 # Each has the same methods. encode makes x of an image, the data as messages carry it, and picture an image of x. beta
 # is the accuracy of all messages up to t together, alpha its slope. flow draws a belief theta at t (prior: at T_0,
@@ -79,7 +75,7 @@ class Continuous:
     def shares(self, t):
         """gamma(t) = beta / (1 + beta) = 1 - sigma_1^(2t), and 1 - gamma: the shares of the image in mu, and of what
         Bob believed before; [B, 1, 1, 1] for t of [B]                                                  eq. 80, §4.6"""
-        log = 2 * column(t) * math.log(self.sigma_1)
+        log = 2 * common.column(t) * math.log(self.sigma_1)
         return -torch.expm1(log), torch.exp(log)
 
     def flow(self, x, eps, t):
@@ -102,7 +98,7 @@ class Continuous:
         y ~ N(x, 1 / alpha), alpha = beta(s) - beta(t)                                                  eq. 86, §4.8
         rho_s = rho_t + alpha;  mu_s = (rho_t mu + alpha y) / rho_s                                 eq. 49, 50, §4.2
         """
-        rho_t, rho_s = 1 + column(self.beta(t)), 1 + column(self.beta(s))
+        rho_t, rho_s = 1 + common.column(self.beta(t)), 1 + common.column(self.beta(s))
         alpha = rho_s - rho_t
         return (rho_t * mu + alpha * x + alpha.sqrt() * eps) / rho_s
 
@@ -249,7 +245,7 @@ class Discrete:
 
     def flow(self, x, eps, t):
         """All messages up to t at once: z ~ N(beta (K x - 1), beta K), made from eps ~ N(0, 1)       eq. 185, §6.9"""
-        beta = column(self.beta(t))
+        beta = common.column(self.beta(t))
         return beta * (self.K * x - 1) + (beta * self.K).sqrt() * eps
 
     def prior(self, eps):
@@ -258,7 +254,7 @@ class Discrete:
 
     def noise(self, z, x, t):
         """The eps with which flow makes z of x."""
-        beta = column(self.beta(t))
+        beta = common.column(self.beta(t))
         return (z - beta * (self.K * x - 1)) / (beta * self.K).sqrt()
 
     def update(self, z, x, eps, t, s):
@@ -267,7 +263,7 @@ class Discrete:
         y ~ N(alpha (K x - 1), alpha K), alpha = beta(s) - beta(t)                                     eq. 157, §6.3
         theta_s proportional to exp(y) theta_t, that is z_s = z_t + y                                           §6.5
         """
-        alpha = column(self.beta(s) - self.beta(t))
+        alpha = common.column(self.beta(s) - self.beta(t))
         return z + alpha * (self.K * x - 1) + (alpha * self.K).sqrt() * eps
 
     def times(self, u, spacing="paper"):
@@ -316,14 +312,9 @@ def loss_per_image(net, data, x, t):
     return data.scale / 2 * data.alpha(t) * (x - guess).square().flatten(1).sum(1)
 
 
-def stratified(B):
-    """B times, uniform in [0, 1], one in each B-th part, in random order (as VDM app. I.1)."""
-    return (torch.randperm(B) + torch.rand(B)) / B
-
-
 def loss(net, data, images):
     """The training loss of a batch of images, float [B, 1, 28, 28] in [-1, 1]: a scalar."""
-    t = data.training_times(stratified(len(images))).to(images.device)
+    t = data.training_times(common.stratified(len(images))).to(images.device)
     return loss_per_image(net, data, data.encode(images), t).mean() / 784
 
 
@@ -371,7 +362,7 @@ def bound(net, data, images):
     """An upper bound on the code length of each image in data.unit, as its two terms, [B, 2]: loss plus reconstruction.
     An unbiased estimate, from one t for each image; images are as in `loss`."""
     x = data.encode(images)
-    messages = loss_per_image(net, data, x, stratified(len(x)).to(x.device))
+    messages = loss_per_image(net, data, x, common.stratified(len(x)).to(x.device))
     t = torch.ones(len(x), device=x.device)
     theta = data.flow(x, common.randn_like(x), t)
     reconstruction = data.cost(x, data.output(net, theta, t))

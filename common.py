@@ -59,7 +59,7 @@ def arguments(description, argv, **extra):
     add = parser.add_argument
     add("--epochs", type=count, default=20, help="train until this many epochs are done (default %(default)s)")
     add("--batch-size", type=count, default=64, metavar="B", help="images a step (default %(default)s)")
-    add("--lr", type=number(float, 1e-9, 1e9), default=2e-3, help="learning rate (default %(default)s)")
+    add("--lr", type=number(float, 1e-9, 1e9), default=4e-3, help="highest learning rate (default %(default)s)")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
         help="default: cuda where there is one, else cpu")
@@ -412,7 +412,7 @@ class EMA:
 
     After n steps the weights of step i count in proportion to (i / n)^power (Karras et al. 2024, arXiv 2312.02696,
     eq. 1 to 3). The average so reaches back a fixed share of the run, however long that is: it needs no warm-up of
-    its own and stands in for a decay of the learning rate, whose course would have to know when the run ends.
+    its own, nor to know when the run ends.
     """
 
     def __init__(self, net, power):
@@ -443,7 +443,7 @@ class EMA:
 
 # --------------------------------------------------------------------------------------------------------- a run
 
-WARM_UP = 400     # steps over which the learning rate rises; after that it stays, so that any run can be prolonged
+WARM_UP = 400     # steps over which the learning rate rises, before it falls
 EMA_POWER = 6.94  # averages over about the last tenth of the run (sigma_rel = 0.1 of the EMA's paper)
 
 
@@ -568,10 +568,13 @@ class Run:
             self.progress.update((i + 1) * size, f"loss {self.losses[-1]:.4f}")
 
     def step(self):
-        """Take a step along the gradients. The learning rate rises over the first WARM_UP steps, and then stays."""
+        """Take a step along the gradients. The learning rate rises to --lr in WARM_UP steps, and then falls as one over
+        the square root of the steps (Vaswani et al. 2017, eq. 3): a course that need not know when the run ends, so
+        that any run can be prolonged."""
+        n = (self.ema.steps + 1) / WARM_UP
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = self.args.lr * min(1, (self.ema.steps + 1) / WARM_UP)
+                group["lr"] = self.args.lr * min(n, n ** -0.5)
             optimiser.step()
         self.ema.update()
 
@@ -660,6 +663,17 @@ def seeded(seed):
 def randn_like(x):
     """Normal noise of x's shape on x's device, drawn on the CPU: the same numbers on every device."""
     return torch.randn(x.shape).to(x.device)
+
+
+def stratified(B):
+    """B numbers, uniform in [0, 1], one in each B-th part: means over them have less noise (as VDM app. I.1). They are
+    in random order, so that each on its own is uniform, whichever image it goes to."""
+    return (torch.randperm(B) + torch.rand(B)) / B
+
+
+def column(t):
+    """[B] -> [B, 1, 1, 1], to go with images."""
+    return t.view(-1, 1, 1, 1)
 
 
 def standard_error(values):

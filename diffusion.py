@@ -48,7 +48,7 @@ def diffuse(x_0, eps, t):
 
     x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps                                                 DDPM eq. 4
     """
-    signal, noise = signal_and_noise(t.view(-1, 1, 1, 1))
+    signal, noise = signal_and_noise(common.column(t))
     return signal * x_0 + noise * eps
 
 
@@ -61,7 +61,7 @@ def predict_v(net, x_t, t):
     """
     signal, noise = signal_and_noise(t)
     signal = signal.clamp(min=1e-3)  # it is 0 at t = 1, where the features vanish anyway
-    features = common.fourier_features(x_t / signal.view(-1, 1, 1, 1), noise / signal)
+    features = common.fourier_features(x_t / common.column(signal), noise / signal)
     return net(torch.cat([x_t, features], dim=1), t)
 
 
@@ -70,7 +70,7 @@ def predict_x_0(net, x_t, t):
 
     x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v, clipped to [-1, 1]                               PD app. D
     """
-    signal, noise = signal_and_noise(t.view(-1, 1, 1, 1))
+    signal, noise = signal_and_noise(common.column(t))
     return (signal * x_t - noise * predict_v(net, x_t, t)).clamp(-1, 1)
 
 
@@ -85,10 +85,9 @@ def loss(net, x_0):
 
     The steps are stratified, one in each B-th part of 1..T: the same mean, with less noise in it (as VDM app. I.1).
     """
-    B = len(x_0)
-    i = ((torch.arange(B) + torch.rand(B)) * T / B).long().clamp(max=T - 1) + 1
+    i = 1 + (common.stratified(len(x_0)) * T).long().clamp(max=T - 1)
     t = (i / T).to(x_0.device)
-    _, noise = signal_and_noise(t.view(-1, 1, 1, 1))
+    _, noise = signal_and_noise(common.column(t))
     guess = predict_x_0(net, diffuse(x_0, common.randn_like(x_0), t), t)
     return ((x_0 - guess) / noise).square().mean()
 
@@ -107,16 +106,16 @@ def reverse_process(net, x_T, steps, eta=0.0):
     """
     x_t = x_T
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    for t, s in zip(times[:-1], times[1:]):
-        (signal_t, noise_t), (signal_s, noise_s) = signal_and_noise(t), signal_and_noise(s)
-        guess = predict_x_0(net, x_t, t.float().to(x_t.device).expand(len(x_t)))
-        yield t.item(), x_t, guess
-        eps = (x_t - signal_t.item() * guess) / noise_t.item()
+    levels = list(zip(times.tolist(), *[a.tolist() for a in signal_and_noise(times)]))
+    for (t, signal_t, noise_t), (_, signal_s, noise_s) in zip(levels[:-1], levels[1:]):
+        guess = predict_x_0(net, x_t, torch.full((len(x_t),), t, device=x_t.device))
+        yield t, x_t, guess
+        eps = (x_t - signal_t * guess) / noise_t
         # 1 - alpha_bar_t / alpha_bar_s = (noise_t^2 - noise_s^2) / signal_s^2
-        sigma = eta * noise_s / noise_t * (noise_t ** 2 - noise_s ** 2).sqrt() / signal_s
-        x_t = signal_s.item() * guess + (noise_s ** 2 - sigma ** 2).clamp(min=0).sqrt().item() * eps
+        sigma = eta * noise_s / noise_t * (noise_t ** 2 - noise_s ** 2) ** 0.5 / signal_s
+        x_t = signal_s * guess + max(noise_s ** 2 - sigma ** 2, 0) ** 0.5 * eps
         if eta:
-            x_t = x_t + sigma.item() * common.randn_like(x_t)
+            x_t = x_t + sigma * common.randn_like(x_t)
     yield 0.0, x_t, x_t
 
 
@@ -155,14 +154,12 @@ def bound(net, x_0):
 
     An unbiased estimate, from one t for each image, drawn with probability p(t) ~ 1 / t, as large as the terms are.
     """
-    B = len(x_0)
     p = 1 / torch.arange(2, T + 1, dtype=torch.float64)
     p = p / p.sum()
-    u = (torch.randperm(B) + torch.rand(B, dtype=torch.float64)) / B
-    index = torch.searchsorted(p.cumsum(0), u).clamp(max=T - 2)
-    t = ((index + 2) / T).to(x_0.device)
+    i = 2 + torch.searchsorted(p.cumsum(0), common.stratified(len(x_0)).double()).clamp(max=T - 2)
+    t = (i / T).to(x_0.device)
     guess = predict_x_0(net, diffuse(x_0, common.randn_like(x_0), t), t)
-    diffusion = step_cost(x_0, guess, index + 2) / p[index].float().to(x_0.device)
+    diffusion = step_cost(x_0, guess, i) / p[i - 2].float().to(x_0.device)
 
     first = torch.full_like(t, 1 / T)
     guess = predict_x_0(net, diffuse(x_0, common.randn_like(x_0), first), first)

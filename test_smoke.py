@@ -176,7 +176,7 @@ class IdealContinuous(bfn.Continuous):
 class IdealDiscretized(bfn.Discretized):
     def output(self, images, mu, t):
         mean = IdealContinuous.output(self, images, mu, t)
-        return mean, torch.where(bfn.column(t) == 1, 1e-4, 1 / 127.5) * torch.ones_like(mean)
+        return mean, torch.where(common.column(t) == 1, 1e-4, 1 / 127.5) * torch.ones_like(mean)
 
 
 class IdealDiscrete(bfn.Discrete):
@@ -246,7 +246,7 @@ def single_pixel(kind, count):
 def n_step_loss(kind, n, count):
     """L^n = n E_i KL(sender || receiver) in nats, the divergence in closed form (two normals) or integrated over y."""
     data, x = single_pixel(kind, count)
-    i = (bfn.stratified(count) * n).long()
+    i = (common.stratified(count) * n).long()
     t, s = (i / n).clamp(min=bfn.T_0), (i + 1) / n
     theta = data.flow(x, torch.randn(x.shape), t)
     guess = data.guess(data.output(None, theta, t))
@@ -265,7 +265,7 @@ def n_step_loss(kind, n, count):
 def test_n_step_loss_converges_to_the_continuous_time_loss(kind):
     count = 100000
     data, x = single_pixel(kind, count)
-    limit = bfn.loss_per_image(None, data, x, bfn.stratified(count)).mean().item()
+    limit = bfn.loss_per_image(None, data, x, common.stratified(count)).mean().item()
     gaps = [n_step_loss(kind, n, count) - limit for n in (1, 4, 128)]
     assert abs(gaps[0]) > 3 * abs(gaps[1]) > 9 * abs(gaps[2])
     assert abs(gaps[2]) < 0.02 * limit
@@ -579,7 +579,7 @@ def test_broken_data_is_refused(tmp_path):
 
 
 def test_settings_of_a_run_are_kept(out):
-    for flags, message in [(["--lr", 0.1], "lr 0.002 there, 0.1 here"), (["--seed", 5], "seed 0 there, 5 here"),
+    for flags, message in [(["--lr", 0.1], "lr 0.004 there, 0.1 here"), (["--seed", 5], "seed 0 there, 5 here"),
                            (["--batch-size", 32], "batch_size"), (["--limit", 63], "limit")]:
         with pytest.raises(common.Fail, match=message):
             main("diffusion", out, "--epochs", 2, *flags)
@@ -627,7 +627,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(out, tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "loss", lambda net, x: next(net.parameters()).sum() * math.nan)
-    with pytest.raises(common.Fail, match="the loss is nan at step 1 of epoch 1 with --lr 0.002"):
+    with pytest.raises(common.Fail, match="the loss is nan at step 1 of epoch 1 with --lr 0.004"):
         main("diffusion", tmp_path, "--epochs", 1)
     assert not (tmp_path / "diffusion" / "checkpoint.pt").exists()
 
