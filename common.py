@@ -1,7 +1,8 @@
 """What diffusion.py and bfn.py share: data, network, EMA, a run's files, the Frechet distance and the figures.
 
 Images are uint8 0..255 at the edges and float32 [B, 1, 28, 28] in [-1, 1] inside the models.
-Read `UNet`; the rest is plumbing, in the order in which a run needs it.
+Read "the network": `UNet`, its units, its optimiser and the average of its weights. The rest is plumbing, in the order
+in which a run needs it.
 """
 import argparse
 import contextlib
@@ -289,11 +290,13 @@ def to_uint8(images):
 # --------------------------------------------------------------------------------------------------- the network
 
 def fourier_features(x, sigma):
-    """Sines and cosines of the pixels, so that the network can tell grey values apart that differ by 1/255.
+    """Sines and cosines of the pixels, so that the network can tell neighbouring grey values apart, 2/255 from
+    each other.
 
-    A wave for each of 8 octaves, the fastest with one period per grey value (Kingma et al. 2021, arXiv 2107.00630,
-    app. C). Under noise of deviation sigma a wave of frequency f keeps exp(-(2 pi f sigma)^2 / 2) of itself on
-    average; scaled by it, those that are nothing but noise vanish.
+    A wave for each of 8 octaves: the fastest has one period per grey value, and tells where between two of them a noisy
+    pixel lies; the slower ones tell which two. Fourier features are from Kingma et al. 2021, arXiv 2107.00630, app. C;
+    the damping is ours: under noise of deviation sigma a wave of frequency f keeps exp(-(2 pi f sigma)^2 / 2) of itself
+    on average, and scaled by that, waves that are nothing but noise vanish.
 
     x: float [B, 1, 28, 28], an unbiased noisy view of the image; sigma: float [B], its noise. Returns [B, 16, 28, 28].
     """
@@ -304,7 +307,7 @@ def fourier_features(x, sigma):
 
 
 def time_features(t):
-    """Sinusoidal features of t, float [B] in [0, 1] -> [B, 64] (Vaswani et al. 2017, arXiv 1706.03762, §3.5)."""
+    """Sinusoidal features of t, float [B] in [0, 1] -> [B, 64], from coarse to fine (as Vaswani et al. 2017, §3.5)."""
     angles = t[:, None] * torch.logspace(0.5, 3, 32, device=t.device)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -312,7 +315,7 @@ def time_features(t):
 class ShuffleUnit(nn.Module):
     """Two 3x3 convolutions on one half of the channels, which is a quarter of the work of all of them, while the other
     half waits (ShuffleNet V2, arXiv 1807.11164, §3). A channel shuffle then mixes the halves, so that the next unit
-    works on half of either (ShuffleNet, arXiv 1707.01083, §3.1)."""
+    works on half of each (ShuffleNet, arXiv 1707.01083, §3.1)."""
 
     def __init__(self, channels, time_channels):
         super().__init__()
@@ -327,17 +330,17 @@ class ShuffleUnit(nn.Module):
 
     def forward(self, x, time):
         """x: [B, channels, H, W]; time: [B, time_channels]."""
-        waiting, h = x.chunk(2, dim=1)
-        residual = self.conv1(F.silu(self.norm1(h))) + self.time(time)[:, :, None, None]
-        h = h + self.conv2(F.silu(self.norm2(residual)))
-        return F.channel_shuffle(torch.cat([waiting, h], dim=1), 2)
+        waiting, active = x.chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(active))) + self.time(time)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return F.channel_shuffle(torch.cat([waiting, active + h], dim=1), 2)
 
 
 class UNet(nn.Module):
     """The shuffled U-Net: [B, in_channels, 28, 28] and t [B] in [0, 1] -> [B, out_channels, 28, 28].
 
-    The first layer folds 2x2 pixels into one, so that nothing is computed at 28x28; half-way down, 14x14 becomes 7x7.
-    In between are dense 3x3 convolutions in channels_last memory: what a CPU is fastest at, by far.
+    The first layer folds 2x2 pixels into one, so that no unit works at 28x28; half-way down, 14x14 becomes 7x7. In
+    between are dense 3x3 convolutions in channels_last memory: what a CPU is fastest at, by far.
     """
 
     def __init__(self, in_channels, out_channels, wide=64, deep=128, units=(1, 5, 1), time_channels=128):
@@ -375,9 +378,10 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: a step moves all directions of a weight matrix equally far, where the gradient moves
     a few of them far and most hardly at all (Jordan et al. 2024, Muon, kellerjordan.github.io/posts/muon).
 
-    A convolution's weights [out, in, 3, 3] are taken as a matrix [out, 9 in]. A step has a root mean square of about
-    0.2 lr, which is typical of Adam's, so that one lr serves both (Liu et al. 2025, arXiv 2502.16982). The steps are
-    those of torch.optim.Muon, which computes in bfloat16: a CPU without that would take twice as long to train.
+    A convolution's weights [out, in, 3, 3] are taken as a matrix [out, 9 in]. A step has a root mean square of 0.2 lr,
+    which is typical of Adam's, so that one lr serves both (Liu et al. 2025, arXiv 2502.16982). This is torch.optim.Muon
+    without weight decay and with adjust_lr_fn="match_rms_adamw"; but torch's takes matrices only, and computes in
+    bfloat16: a CPU without that would take twice as long to train.
     """
 
     def __init__(self, weights, lr, momentum=0.95):
@@ -390,11 +394,13 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights, momentum = group["params"], group["momentum"]
             gradient = torch.stack([w.grad.flatten(1) for w in weights])  # [N, out, 9 in]: all of one shape at once
-            average = self.state[weights[0]].setdefault("average", torch.zeros_like(gradient))
-            average.lerp_(gradient, 1 - momentum)
-            steps = orthogonal(gradient.lerp(average, momentum))  # Nesterov's momentum
+            state = self.state[weights[0]]  # of the whole group
+            if not state:
+                state["average"] = torch.zeros_like(gradient)
+            state["average"].lerp_(gradient, 1 - momentum)
+            steps = orthogonal(gradient.lerp(state["average"], momentum))  # Nesterov's momentum
             for w, step in zip(weights, steps):
-                w.sub_(step.view_as(w), alpha=0.2 * group["lr"] * max(step.shape) ** 0.5)
+                w.sub_(step.view_as(w), alpha=0.2 * group["lr"] * max(step.shape) ** 0.5)  # U V^T has max^(-1/2)
 
 
 def orthogonal(G):
@@ -408,7 +414,7 @@ def orthogonal(G):
 
 
 class EMA:
-    """Average of the weights over the run, the later the heavier: this is the network that samples and is measured.
+    """Moving average of the weights, the later the heavier: this is the network that samples and is measured.
 
     After n steps the weights of step i count in proportion to (i / n)^power (Karras et al. 2024, arXiv 2312.02696,
     eq. 1 to 3). The average so reaches back a fixed share of the run, however long that is: it needs no warm-up of
@@ -444,7 +450,7 @@ class EMA:
 # --------------------------------------------------------------------------------------------------------- a run
 
 WARM_UP = 400     # steps over which the learning rate rises, before it falls
-EMA_POWER = 6.94  # averages over about the last tenth of the run (sigma_rel = 0.1 of the EMA's paper)
+EMA_POWER = 6.94  # sigma_rel = 0.1 in the EMA's paper: over half of the weight lies on the last tenth of the run
 
 
 class Run:
@@ -454,9 +460,9 @@ class Run:
     the same settings. Raises Fail, and leaves everything as it is, where that can't be.
     """
 
-    def __init__(self, args, model, title, unit, state_name, in_channels, out_channels):
-        self.args, self.model, self.title, self.unit, self.state_name = args, model, title, unit, state_name
-        self.folder = args.out_dir / model
+    def __init__(self, args, name, title, unit, state_name, in_channels, out_channels):
+        self.args, self.name, self.title, self.unit, self.state_name = args, name, title, unit, state_name
+        self.folder = args.out_dir / name
         self.checkpoint = self.folder / "checkpoint.pt"
         if args.device == "cuda" and not torch.cuda.is_available():
             raise Fail("--device cuda: there is no CUDA GPU that this torch can use; try --device cpu")
@@ -466,10 +472,9 @@ class Run:
             raise Fail(f"{self.folder} holds no trained network to sample from; train one first, without --sample")
         if not args.sample:
             self.data = load_data(args.dataset, args.data_dir, args.seed, args.limit)
-            self.train, self.test = self.data.train[:args.limit], self.data.test[:args.limit]
-            if args.batch_size > len(self.train):
-                raise Fail(f"--batch-size {args.batch_size} is more than the {len(self.train)} training images")
-            self.settings = {"model": model, "dataset": self.data.name, "batch_size": args.batch_size, "lr": args.lr,
+            if args.batch_size > len(self.train_images):
+                raise Fail(f"--batch-size {args.batch_size} is more than the {len(self.train_images)} training images")
+            self.settings = {"model": name, "dataset": self.data.name, "batch_size": args.batch_size, "lr": args.lr,
                              "seed": args.seed, "limit": args.limit}  # what makes a run this run and no other
         self.device = torch.device(args.device)
         torch.manual_seed(args.seed)
@@ -500,8 +505,8 @@ class Run:
         if not self.args.sample:
             (self.folder / "epochs").mkdir(exist_ok=True)
             done = f", {len(self.history)} epochs done" if self.history else ""
-            print(f"{self.title} on {self.dataset}: {len(self.train)} training images, {self.parameters:,} parameters, "
-                  f"{self.device.type}{done} -> {self.folder}", flush=True)
+            print(f"{self.title} on {self.dataset}: {len(self.train_images)} training images, {self.parameters:,} "
+                  f"parameters, {self.device.type}{done} -> {self.folder}", flush=True)
         return self
 
     def load(self):
@@ -512,7 +517,7 @@ class Run:
                 warnings.simplefilter("ignore")  # the error below says it all
                 state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # plain values, never code
             settings = state["settings"]
-            if settings["model"] == self.model:
+            if settings["model"] == self.name:
                 self.net.load_state_dict(state["net"])
                 for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
                     optimiser.load_state_dict(saved)
@@ -526,8 +531,8 @@ class Run:
         except Exception as error:  # whatever a file that is no checkpoint of ours makes torch raise
             raise Fail(f"{self.checkpoint} is not a checkpoint that can be used ({type(error).__name__}: "
                        f"{one_line(error)}); {keep}") from None
-        if settings["model"] != self.model:
-            raise Fail(f"{self.checkpoint} is a checkpoint of {settings['model']}, not of {self.model}; {keep}")
+        if settings["model"] != self.name:
+            raise Fail(f"{self.checkpoint} is a checkpoint of {settings['model']}, not of {self.name}; {keep}")
         if self.args.sample:
             self.settings = settings
         other = [f"{key} {old} there, {self.settings.get(key)} here" for key, old in settings.items()
@@ -542,6 +547,14 @@ class Run:
 
     def __exit__(self, *exception):
         self.lock.close()
+
+    @property
+    def train_images(self):
+        return self.data.train[:self.args.limit]
+
+    @property
+    def test_images(self):
+        return self.data.test[:self.args.limit]
 
     @property
     def dataset(self):
@@ -560,11 +573,11 @@ class Run:
         self.epoch = len(self.history) + 1
         self.losses = []
         size = self.args.batch_size
-        count = len(self.train) // size
-        order = torch.randperm(len(self.train))
+        count = len(self.train_images) // size
+        order = torch.randperm(len(self.train_images))
         self.progress = Progress(f"epoch {self.epoch}/{self.args.epochs}", count * size)
         for i in range(count):
-            yield to_float(self.train[order[i * size:(i + 1) * size]]).to(self.device)
+            yield to_float(self.train_images[order[i * size:(i + 1) * size]]).to(self.device)
             self.progress.update((i + 1) * size, f"loss {self.losses[-1]:.4f}")
 
     def step(self):
@@ -578,8 +591,8 @@ class Run:
             optimiser.step()
         self.ema.update()
 
-    def note(self, loss):
-        """Note the loss of a batch. Raises Fail where it is no longer a number."""
+    def record(self, loss):
+        """Keep the loss of a batch, which is due before the next one. Raises Fail where it is no longer a number."""
         self.losses.append(loss.item())
         if not math.isfinite(self.losses[-1]):
             raise Fail(f"the loss is {self.losses[-1]} at step {len(self.losses)} of epoch {self.epoch} with --lr "
@@ -613,7 +626,7 @@ class Run:
     def measure(self, bound, seed):
         """bound's terms for each test image, [len(test), parts]."""
         with seeded(seed):
-            return torch.cat([bound(to_float(images).to(self.device)) for images in self.test.split(500)]).cpu()
+            return torch.cat([bound(to_float(images).to(self.device)) for images in self.test_images.split(500)]).cpu()
 
     def save(self):
         """Write checkpoint and metrics."""
@@ -697,6 +710,37 @@ def discretised_normal_nats(x, mean, sigma):
     low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
     log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
     return -(log_high + torch.log(-torch.expm1((log_low - log_high).clamp(max=-1e-6)))).to(device)
+
+
+def expected_grey(mean, sigma):
+    """The mean of N(mean, sigma^2) dealt out to the 256 grey values of [-1, 1] (§5.1); all of one shape.
+
+    The sum over the 256 probabilities, but not term by term. In units of grey values, X ~ N(m, s^2) is rounded and
+    clipped to 0..255, whose mean is 0 + sum_{j=1..255} P(X > j - 1/2). For s < 1 only the terms near m differ from 0
+    and 1. For s >= 1 the sum is that of a smooth function at midpoints: the integral, which is the mean of the clipped
+    normal, and the Euler-Maclaurin corrections at its ends. Either is right to 1e-6.
+    """
+    m, s = (mean + 1) * 127.5, sigma * 127.5
+
+    def Phi(z):
+        return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+
+    def phi(z):
+        return torch.exp(-0.5 * z.clamp(-12, 12) ** 2) / math.sqrt(2 * math.pi)
+
+    narrow = s.clamp(1e-3, 1)
+    middle = m.detach().round().clamp(0, 255)
+    near = middle
+    for i in range(6):
+        up, down = middle + i + 0.5, middle - i - 0.5
+        near = near + (up < 255) * Phi((m - up) / narrow) - (down > 0) * Phi((down - m) / narrow)
+
+    wide = s.clamp(min=1)
+    a, b = -m / wide, (255 - m) / wide
+    far = m + wide * (a * Phi(a) + phi(a) + b * Phi(-b) - phi(b))
+    far = far + (phi(b) - phi(a)) / (24 * wide)
+    far = far - ((b ** 2 - 1) * phi(b) - (a ** 2 - 1) * phi(a)) * 7 / (5760 * wide ** 3)
+    return torch.where(s < 1, near, far) / 127.5 - 1
 
 
 # ------------------------------------------------------------------------------------------ the Frechet distance
@@ -991,7 +1035,7 @@ def measure_final(run, method):
     final = {"bound": terms.sum(1).mean().item(), "bound_se": standard_error(terms.sum(1)),
              "parts": dict(zip(method.parts, terms.mean(0).tolist()))}
     final["seconds_nine"] = seconds_for_nine(run, method)
-    count = min(500 * epochs, 10000, len(run.train), len(run.test))
+    count = min(500 * epochs, 10000, len(run.train_images), len(run.test_images))
     if count >= 1000:  # fewer say little
         judge = Judge(run, method, count)
         final |= {"frechet_count": count, "frechet_floor": judge.floor, "frechet_steps": PREVIEW_STEPS,
@@ -1016,9 +1060,9 @@ class Judge:
     def __init__(self, run, method, count):
         self.net = trained_classifier(run.data, [run.args.data_dir, run.args.out_dir])
         with seeded(run.args.seed):
-            self.test = features(self.net, method.real(run.test))
-            chosen = torch.randperm(len(run.train))[:count]
-            self.floor = self.distance(method.real(run.train[chosen]))
+            self.test = features(self.net, method.real(run.test_images))
+            chosen = torch.randperm(len(run.train_images))[:count]
+            self.floor = self.distance(method.real(run.train_images[chosen]))
 
     def distance(self, images):
         return frechet_distance(features(self.net, images), self.test)
@@ -1080,18 +1124,19 @@ def compare(run, method):
         if other:
             print(f"{name} is not compared with diffusion: {', '.join(other)}")
             del standing[name]
-    if len(standing) < 2 or run.model not in standing:
+    if len(standing) < 2 or run.name not in standing:
         return
     runs, methods = {}, {}
     with contextlib.ExitStack() as stack:
         for name in standing:
-            if name == run.model:
+            if name == run.name:
                 runs[name], methods[name] = run, method
             else:
                 script, flags = RUNS[name]
+                # as with --sample: with the settings that it has, whatever ours are, and without training data
                 args = argparse.Namespace(**vars(run.args) | flags | {"sample": 1, "fresh": False})
                 runs[name], methods[name] = importlib.import_module(script).open_run(args)
-                runs[name].train, runs[name].test, runs[name].data = run.train, run.test, run.data
+                runs[name].data = run.data
                 try:
                     stack.enter_context(runs[name])
                 except Fail as error:
@@ -1105,7 +1150,7 @@ def compare(run, method):
 
 def measure_curve(run, method):
     """Frechet distance over sampling steps, for both samplers; kept in metrics.json point by point."""
-    if min(len(run.train), len(run.test)) < CURVE_COUNT:
+    if min(len(run.train_images), len(run.test_images)) < CURVE_COUNT:
         return
     curve = run.frechet_curve or {"count": CURVE_COUNT, "curves": {name: {} for name in method.samplers}}
     missing = [(name, steps) for name in method.samplers for steps in CURVE_STEPS

@@ -16,7 +16,8 @@ the loss, the sampler, the likelihood bound, the training loop. Equation numbers
     PD     Salimans & Ho 2022, Progressive distillation for fast sampling of diffusion models, arXiv 2202.00512
     VDM    Kingma et al. 2021, Variational diffusion models, arXiv 2107.00630
 
-Images are float [B, 1, 28, 28] in [-1, 1]. Time is t = step / T, float [B] in [0, 1]: 0 is the image, 1 is noise.
+Images are float [B, 1, 28, 28] in [-1, 1]. In the code i = 1..T is a step and t = i / T its time, float [B] in [0, 1]:
+0 is the image, 1 is noise. In the papers' equations the index t is the step.
 """
 import functools
 import math
@@ -27,7 +28,7 @@ from torch import nn
 import common
 
 T = 1000
-SAMPLERS = {"ancestral": 1.0, "DDIM": 0.0}  # name: eta, the share of fresh noise in each step
+SAMPLERS = {"ancestral": 1.0, "DDIM": 0.0}  # name: eta, the factor on the fresh noise in each step
 
 
 # -------------------------------------------------------------------------------------------------- the schedule
@@ -37,8 +38,8 @@ def signal_and_noise(t):
 
     alpha_bar(t) = cos^2(pi/2 t)                                                         iDDPM eq. 17, with s = 0
 
-    iDDPM's offset s = 0.008 leaves noise of deviation 0.006 in x_1. Grey values are 0.0078 apart: the last step would
-    have to guess among neighbours. With s = 0 the deviation is 0.0016, and the guess costs next to nothing.
+    iDDPM's offset s = 0.008 leaves noise of deviation 0.006 in x_1. Grey values are 0.0078 apart: the decoder would
+    have to guess among neighbours. With s = 0 the deviation is 0.0016, and the decoder costs next to nothing.
     """
     return torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
 
@@ -68,22 +69,21 @@ def predict_v(net, x_t, t):
 def predict_x_0(net, x_t, t):
     """The network's guess of the image, [B, 1, 28, 28]:
 
-    x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v, clipped to [-1, 1]                               PD app. D
+    x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v, clipped to [-1, 1]                             PD §4, app. D
     """
     signal, noise = signal_and_noise(common.column(t))
     return (signal * x_t - noise * predict_v(net, x_t, t)).clamp(-1, 1)
 
 
 def loss(net, x_0):
-    """The training loss of a batch, a scalar, with steps t drawn evenly from 1..T:
+    """The training loss of a batch, a scalar, with steps i drawn evenly from 1..T:
 
-    L = E ||x_0 - x_0(x_t, t)||^2 / (1 - alpha_bar) / 784                                  PD §4, "SNR + 1 weighting"
+    L = E ||x_0 - guess||^2 / (1 - alpha_bar) / 784                                        PD §4, "SNR + 1 weighting"
 
-    For a guess x_0(x_t, t) within [-1, 1] this is ||v - v_net||^2, which is DDPM's eq. 14 with v in place of eps. But
-    the guess is clipped, as it is in sampling: where a pixel is black, which most are, all guesses from black on down
-    are right, and the network need not hit a number. After 1.5 epochs with and without: 1.70 and 1.80 bits/dim.
-
-    The steps are stratified, one in each B-th part of 1..T: the same mean, with less noise in it (as VDM app. I.1).
+    For a guess within [-1, 1] this is ||v - v_net||^2, which is DDPM's eq. 14 with v in place of eps. But the guess is
+    clipped, as it is in sampling: where a pixel is black, which most are, all guesses from black on down are right, and
+    the network need not get the exact value. After 1.5 epochs with clipping 1.70, without 1.80 bits/dim. (A guess that
+    is clipped at the wrong end gets no gradient either. It hardly happens: an untrained guess is sqrt(alpha_bar) x_t.)
     """
     i = 1 + (common.stratified(len(x_0)) * T).long().clamp(max=T - 1)
     t = (i / T).to(x_0.device)
@@ -128,12 +128,12 @@ def generate(net, n, steps, sampler):
 # ------------------------------------------------------------------------------------------------ the likelihood
 
 def step_cost(x_0, guess, i):
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], with guess = x_0(x_t): one term of the bound.
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B]: one term of the bound. All [B, 1, 28, 28], i: [B].
 
     L_{t-1} = ||mu_tilde(x_t, x_0) - mu_tilde(x_t, guess)||^2 / (2 beta_tilde_t)                     DDPM eq. 7, 8
             = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - guess||^2,  SNR = alpha_bar / (1 - alpha_bar)               VDM eq. 13
 
-    i: the step t, int [B] in 2..T.
+    i: the step that the equations call t, int [B] in 2..T.
     """
     (signal_s, noise_s), (signal_t, noise_t) = signal_and_noise((i.double() - 1) / T), signal_and_noise(i.double() / T)
     drop = (signal_s / noise_s) ** 2 - (signal_t / noise_t) ** 2
@@ -152,7 +152,8 @@ def bound(net, x_0):
 
     L = L_T + sum_{t=2..T} L_{t-1} + L_0   (prior, diffusion, decoder)                                   DDPM eq. 5
 
-    An unbiased estimate, from one t for each image, drawn with probability p(t) ~ 1 / t, as large as the terms are.
+    An unbiased estimate, from one step i for each image. It is drawn with probability p(i) proportional to 1 / i, since
+    the terms fall about so: drawing the large ones more often makes the estimate less noisy.
     """
     p = 1 / torch.arange(2, T + 1, dtype=torch.float64)
     p = p / p.sum()
@@ -177,7 +178,7 @@ def train(run, method):
     while run.unfinished:
         for x_0 in run.batches():
             batch_loss = loss(run.net, x_0)
-            run.note(batch_loss)
+            run.record(batch_loss)
             run.net.zero_grad()
             batch_loss.backward()
             nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
