@@ -387,6 +387,12 @@ def test_muon_takes_the_steps_of_torchs_own():
         assert (ours_moved - theirs_moved).norm() < 0.02 * theirs_moved.norm()  # they compute in bfloat16
 
 
+def test_stratified_has_one_in_each_part():
+    parts = torch.stack([(common.stratified(8) * 8).long() for _ in range(500)])
+    assert (parts.sort(1).values == torch.arange(8)).all()
+    assert (parts.float().mean(0) - 3.5).abs().max() < 5 * 2.3 / 500 ** 0.5  # in random order
+
+
 def test_ema_is_the_weighted_mean():
     net = torch.nn.Linear(1, 1, bias=False)
     ema = common.EMA(net, power=3.0)
