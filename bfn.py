@@ -20,7 +20,6 @@ the sampler; the likelihood bound; the training loop. Section and equation numbe
     BFN     Graves et al. 2023, Bayesian flow networks, arXiv 2308.07037                  (where no other is named)
     Solver  Xue et al. 2024, Unifying Bayesian flow networks and diffusion models ..., arXiv 2404.15766
     PD      Salimans & Ho 2022, Progressive distillation for fast sampling of diffusion models, arXiv 2202.00512
-    VDM     Kingma et al. 2021, Variational diffusion models, arXiv 2107.00630
 
 Time t is float [B] in [0, 1]: at 0 Bob knows nothing of the image, at 1 nearly everything.
 """
@@ -279,9 +278,9 @@ def loss_per_image(net, data, x, t):
     """What Alice's messages cost in nats, [B], as seen at one time t: the mean over t uniform in [0, 1] is the cost of
     all of them. x: as data.encode gives it; t: [B].
 
-    Bob expects a message about his guess, and Alice sends one about x. To code hers costs the divergence of the two
-    normals, accuracy / 2 ||x - guess||^2. With infinitely many messages, those from t to t + dt have the accuracy
-    alpha(t) dt:
+    Bob expects a message about his guess, and Alice sends one about x. To code hers costs the divergence of the two,
+    which for weak messages is accuracy / 2 ||x - guess||^2 (times K for classes). With infinitely many messages, those
+    from t to t + dt have the accuracy alpha(t) dt:
 
     L_inf = E_t  scale / 2  alpha(t) ||x - guess(theta, t)||^2
 

@@ -673,14 +673,16 @@ def seeded(seed):
         yield
 
 
+# -------------------------------------------------------------------------------- what the equations of both need
+
 def randn_like(x):
     """Normal noise of x's shape on x's device, drawn on the CPU: the same numbers on every device."""
     return torch.randn(x.shape).to(x.device)
 
 
 def stratified(B):
-    """B numbers, uniform in [0, 1], one in each B-th part: means over them have less noise (as VDM app. I.1). They are
-    in random order, so that each on its own is uniform, whichever image it goes to."""
+    """B numbers, uniform in [0, 1], one in each B-th part: means over them have less noise (much as Kingma et al. 2021,
+    app. I.1). They are in random order, so that each on its own is uniform, whichever image it goes to."""
     return (torch.randperm(B) + torch.rand(B)) / B
 
 
@@ -713,7 +715,7 @@ def discretised_normal_nats(x, mean, sigma):
 
 
 def expected_grey(mean, sigma):
-    """The mean of N(mean, sigma^2) dealt out to the 256 grey values of [-1, 1] (§5.1); all of one shape.
+    """The mean of N(mean, sigma^2) dealt out to the 256 grey values of [-1, 1] (BFN §5.1); all of one shape.
 
     The sum over the 256 probabilities, but not term by term. In units of grey values, X ~ N(m, s^2) is rounded and
     clipped to 0..255, whose mean is 0 + sum_{j=1..255} P(X > j - 1/2). For s < 1 only the terms near m differ from 0

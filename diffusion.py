@@ -96,7 +96,7 @@ def loss(net, x_0):
 
 def reverse_process(net, x_T, steps, eta=0.0):
     """From noise x_T ~ N(0, I) to images, both [N, 1, 28, 28]: yields (t, x_t, guess of x_0) before each step, and
-    last (0.0, x_0, x_0). From t to s < t, with the network's x_0 and the eps that goes with it:
+    last (0.0, x_0, x_0). From t to s < t, with the guess for x_0, and the eps that makes x_t of it by eq. 4:
 
     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z, z ~ N(0, I)           DDIM eq. 12
     sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s)              DDIM eq. 16
@@ -128,12 +128,12 @@ def generate(net, n, steps, sampler):
 # ------------------------------------------------------------------------------------------------ the likelihood
 
 def step_cost(x_0, guess, i):
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B]: one term of the bound. All [B, 1, 28, 28], i: [B].
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B]: one term of the bound.
 
     L_{t-1} = ||mu_tilde(x_t, x_0) - mu_tilde(x_t, guess)||^2 / (2 beta_tilde_t)                     DDPM eq. 7, 8
             = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - guess||^2,  SNR = alpha_bar / (1 - alpha_bar)               VDM eq. 13
 
-    i: the step that the equations call t, int [B] in 2..T.
+    x_0, guess: [B, 1, 28, 28]; i: the step that the equations call t, int [B] in 2..T.
     """
     (signal_s, noise_s), (signal_t, noise_t) = signal_and_noise((i.double() - 1) / T), signal_and_noise(i.double() / T)
     drop = (signal_s / noise_s) ** 2 - (signal_t / noise_t) ** 2
