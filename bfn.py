@@ -28,7 +28,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import common
 
@@ -120,12 +119,13 @@ class Continuous:
         return u.clamp(T_0, 1)
 
     def training_times(self, u):
-        """Times to train at, for u uniform in [0, 1]: one in four as in the paper, the others "cosine".
+        """Times to train at, for u uniform in [0, 1]: one in four as in the paper, the others from the "cosine" ones,
+        the earlier the likelier, as in diffusion.py.
 
         They are not reweighted: the mean is no longer the paper's loss, but favours shapes. With one in two, and one in
         four, from the paper: 1.160 and 1.194 bits/dim after 1.5 epochs, Frechet distance of 1000 images 60 and 35.
         """
-        return torch.where(torch.arange(len(u)) % 4 == 0, u, self.times(u))
+        return torch.where(torch.arange(len(u)) % 4 == 0, u, self.times(1 - u ** (2 / 3)))
 
     def predict(self, net, mu, t):
         """What the network says of mu, [B, out_channels, 28, 28].
@@ -363,7 +363,6 @@ def train(run, method, data):
             run.record(batch_loss)
             run.net.zero_grad()
             batch_loss.backward()
-            nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
             run.step()  # of the optimisers, and of the average of the weights
         run.end_epoch(method)
 

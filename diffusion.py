@@ -23,7 +23,6 @@ import functools
 import math
 
 import torch
-from torch import nn
 
 import common
 
@@ -76,7 +75,7 @@ def predict_x_0(net, x_t, t):
 
 
 def loss(net, x_0):
-    """The training loss of a batch, a scalar, with steps i drawn evenly from 1..T:
+    """The training loss of a batch, a scalar, with steps i drawn from 1..T, the later the likelier:
 
     L = E ||x_0 - guess||^2 / (1 - alpha_bar) / 784                                        PD §4, "SNR + 1 weighting"
 
@@ -84,8 +83,12 @@ def loss(net, x_0):
     clipped, as it is in sampling: where a pixel is black, which most are, all guesses from black on down are right, and
     the network need not get the exact value. After 1.5 epochs with clipping 1.70, without 1.80 bits/dim. (A guess that
     is clipped at the wrong end gets no gradient either. It hardly happens: an untrained guess is sqrt(alpha_bar) x_t.)
+
+    Which digit it becomes is decided in the noise, around t = 0.8, and the grain of its grey values before t = 0.1.
+    With i drawn evenly, as in DDPM, one step in ten goes to grain; here, with t = u^(2/3) for even u, one in thirty.
+    After 1.5 epochs, drawn evenly and so: Frechet distance of 1000 images 36 and 28, code 1.70 and 1.79 bits/dim.
     """
-    i = 1 + (common.stratified(len(x_0)) * T).long().clamp(max=T - 1)
+    i = 1 + (common.stratified(len(x_0)) ** (2 / 3) * T).long().clamp(max=T - 1)
     t = (i / T).to(x_0.device)
     _, noise = signal_and_noise(common.column(t))
     guess = predict_x_0(net, diffuse(x_0, common.randn_like(x_0), t), t)
@@ -181,7 +184,6 @@ def train(run, method):
             run.record(batch_loss)
             run.net.zero_grad()
             batch_loss.backward()
-            nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
             run.step()  # of the optimisers, and of the average of the weights
         run.end_epoch(method)
 
