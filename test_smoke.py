@@ -617,7 +617,7 @@ def test_unusable_checkpoints_are_named_and_kept(out, tmp_path):
 
 def test_a_run_has_one_process_at_a_time(out):
     with open(out / "diffusion" / ".lock", "w") as lock:
-        common.fcntl.flock(lock, common.fcntl.LOCK_EX)
+        common.fcntl.flock(lock, common.fcntl.LOCK_EX | common.fcntl.LOCK_NB)
         with pytest.raises(common.Fail, match="another process"):
             main("diffusion", out, "--epochs", 2)
 
