@@ -334,8 +334,8 @@ class Block(nn.Module):
 
 
 class ShuffleUnit(nn.Module):
-    """A residual block from one half of the channels onto the other, and one back: on half of the channels, a convolution
-    is a quarter of the work. A channel shuffle then deals the channels out to new halves (ShuffleNet, arXiv 1707.01083,
+    """A residual block from one half of the channels onto the other, and one back: a convolution of half the channels is
+    a quarter of the work. A channel shuffle then deals the channels out to new halves (ShuffleNet, arXiv 1707.01083,
     §3.1)."""
 
     def __init__(self, channels, time_channels):
@@ -356,8 +356,8 @@ class UNet(nn.Module):
 
     The first layer goes to 14x14, and the units work at 7x7, where a place sees all of the image after few of them. Of
     the finer scale there is the skip connection, and one convolution on the way up, which is a quarter of all the work
-    but worth it: three units without it do worse than two with it. All convolutions are dense, in channels_last memory: what a
-    CPU is fastest at, by far.
+    but worth it: three units without it do worse than two with it. All convolutions are dense, in channels_last memory:
+    what a CPU is fastest at, by far.
     """
 
     def __init__(self, in_channels, out_channels, wide=64, deep=128, units=2, time_channels=128):
