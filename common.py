@@ -334,7 +334,7 @@ class Block(nn.Module):
 
 
 class ShuffleUnit(nn.Module):
-    """A residual block from one half of the channels onto the other, and one back: a convolution of half the channels is
+    """A residual block from one half of the channels onto the other, and one back: a convolution of half of them is
     a quarter of the work. A channel shuffle then deals the channels out to new halves (ShuffleNet, arXiv 1707.01083,
     §3.1)."""
 
