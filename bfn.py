@@ -7,12 +7,12 @@
     python bfn.py                             (`python bfn.py --help` lists the flags)
     python bfn.py --data-type discrete
 
-Alice sends Bob an image in messages, each of them the image under noise; the inverse of a message's noise variance is
-its accuracy. Bob has a belief about each pixel on its own (the input distribution, with parameters theta) and improves
-it with each message by Bayes' rule. A network looks at all of these beliefs together and guesses the image (the output
-distribution). A message costs the fewer bits the better he guessed what it would say, and so the network's errors add
-up to the length of a code for the image. With no Alice, Bob makes up her messages from his own guesses, and a new image
-appears.
+Alice sends Bob an image in messages, each of them the image under noise; how much a message tells is its accuracy (for
+grey values, the inverse of its noise's variance). Bob has a belief about each pixel on its own (the input distribution,
+with parameters theta) and improves it with each message by Bayes' rule. A network looks at all of these beliefs
+together and guesses the image (the output distribution). A message costs the fewer bits the better he guessed what it
+would say, and so the network's errors add up to the length of a code for the image. With no Alice, Bob makes up her
+messages from his own guesses, and a new image appears.
 
 This file is all of it, in this order: the three types of data, each a small class with the same methods; the loss;
 the sampler; the likelihood bound; the training loop. Section and equation numbers are those of
@@ -21,7 +21,8 @@ the sampler; the likelihood bound; the training loop. Section and equation numbe
     Solver  Xue et al. 2024, Unifying Bayesian flow networks and diffusion models ..., arXiv 2404.15766
     PD      Salimans & Ho 2022, Progressive distillation for fast sampling of diffusion models, arXiv 2202.00512
 
-Time t is float [B] in [0, 1]: at 0 Bob knows nothing of the image, at 1 nearly everything.
+Time t is float [B] in [0, 1]: at 0 Bob knows nothing of the image, at 1 nearly everything. (In diffusion.py,
+1 is noise.)
 """
 import functools
 import math
@@ -111,7 +112,7 @@ class Continuous:
         """Sampling times, from T_0 to 1, for u spread evenly over [0, 1].
 
         "paper": t = u. But the shape of a digit is settled before t = 0.2, and four fifths of these times are spent on
-        the grain of its grey values. "cosine": the noise levels of a diffusion model's cosine schedule at 1 - u. Any
+        what is finer. "cosine": the noise levels of a diffusion model's cosine schedule at 1 - u. Any
         times will do: accuracies add up (§4.4), so that one message does what several would.
         """
         if spacing == "cosine":  # 1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t
@@ -119,11 +120,12 @@ class Continuous:
         return u.clamp(T_0, 1)
 
     def training_times(self, u):
-        """Times to train at, for u uniform in [0, 1]: one in four as in the paper, the others from the "cosine" ones,
-        the earlier the likelier, as in diffusion.py.
+        """Times to train at, for u uniform in [0, 1]: one in four as in the paper, the others at the noise levels at
+        which diffusion.py trains.
 
-        They are not reweighted: the mean is no longer the paper's loss, but favours shapes. With one in two, and one in
-        four, from the paper: 1.160 and 1.194 bits/dim after 1.5 epochs, Frechet distance of 1000 images 60 and 35.
+        They are not reweighted: the mean is no longer the paper's loss, but favours shapes. With the others spread as
+        in `times`, and the paper's one in two, or one in four: after 1.5 epochs 1.160 and 1.194 bits/dim, and a Frechet
+        distance of 1000 images of 60 and 35.
         """
         return torch.where(torch.arange(len(u)) % 4 == 0, u, self.times(1 - u ** (2 / 3)))
 
@@ -160,7 +162,7 @@ class Continuous:
 
 class Discretized(Continuous):
     """Grey pixels as 256 values in [-1, 1] (§5): as continuous data, but the network gives a normal for each pixel,
-    whose mass is dealt out to the grey values, what is beyond the lowest and the highest to these. The bins are those
+    whose mass goes to the nearest grey values, that beyond the lowest or the highest to these two. The bins are those
     of DDPM's eq. 13, so that all bounds in bits/dim speak of the same 256 values. Mean and deviation are made of the
     network's output as goes with v (the paper, §5.1, has those that go with eps)."""
 
@@ -189,7 +191,7 @@ class Discrete:
     """Pixels as one of K classes (§6). x and theta are [B, K, 28, 28]: x has a 1 at the class and 0 elsewhere; theta
     is kept as logits z, and the belief is softmax(z)."""
 
-    # As in the paper's released configuration. After 1.5 epochs: 86.5 +- 0.3 nats, and 86.1 +- 0.3 with 3.
+    # As in the paper's released configuration. After 1.5 epochs: 86.5 +- 0.3 nats, and 86.1 +- 0.3 with beta_1 = 3.
     beta_1 = 9.0
     unit, nats_per_unit = "nats/image", 1.0
 
@@ -287,8 +289,8 @@ def loss_per_image(net, data, x, t):
     For continuous data this is  -ln(sigma_1) E_t sigma_1^(-2t) ||x - x_hat||^2   (eq. 101; discretized: §5.5),
     for discrete data            K beta(1) E_t t ||x - e_hat||^2                  (eq. 205).
 
-    As alpha (1 - gamma) = -2 ln(sigma_1) at all t, the former is -ln(sigma_1) ||v - v_net||^2, as long as no guess is
-    clipped: a diffusion model's loss, and the two differ in nothing but the times at which they look.
+    As alpha (1 - gamma) = -2 ln(sigma_1) at all t, the loss of continuous data is -ln(sigma_1) ||v - v_net||^2, as long
+    as no guess is clipped: a diffusion model's but for a constant factor, and for the times at which they look.
     """
     t = t.clamp(min=T_0)
     theta = data.flow(x, common.randn_like(x), t)

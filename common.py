@@ -334,9 +334,9 @@ class Block(nn.Module):
 
 
 class ShuffleUnit(nn.Module):
-    """A residual block from one half of the channels onto the other, and one back: a convolution of half of them is
-    a quarter of the work. A channel shuffle then deals the channels out to new halves (ShuffleNet, arXiv 1707.01083,
-    §3.1)."""
+    """A residual block from one half of the channels onto the other, and one back: a convolution of half of them is a
+    quarter of the work, so that a unit costs what one convolution of all of them would. A channel shuffle then deals
+    the channels out to new halves (ShuffleNet, arXiv 1707.01083, §3.1)."""
 
     def __init__(self, channels, time_channels):
         super().__init__()
@@ -355,9 +355,9 @@ class UNet(nn.Module):
     """The shuffled U-Net: [B, in_channels, 28, 28] and t [B] in [0, 1] -> [B, out_channels, 28, 28].
 
     The first layer goes to 14x14, and the units work at 7x7, where a place sees all of the image after few of them. Of
-    the finer scale there is the skip connection, and one convolution on the way up, which is a quarter of all the work
-    but worth it: three units without it do worse than two with it. All convolutions are dense, in channels_last memory:
-    what a CPU is fastest at, by far.
+    the finer scale there is the skip connection, and one convolution on the way up. It is a quarter of all the work, as
+    much as a unit, but worth it: three units without it do worse than two with it. All convolutions are dense (none is
+    grouped or depthwise), in channels_last memory: what a CPU is fastest at, by far.
     """
 
     def __init__(self, in_channels, out_channels, wide=64, deep=128, units=2, time_channels=128):
@@ -417,9 +417,10 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(G):
     """About U V^T for the singular value decomposition U S V^T of each matrix in G, [N, rows, columns]: singular values
-    come out between 0.7 and 1.2, save tiny ones. Five steps X <- (3.4445 + 2.0315 A^2 - 4.7750 A) X with A = X X^T, a
-    Newton-Schulz iteration (Jordan et al. 2024). All steps are polynomials in the first A, so that they can be
-    multiplied with each other first, as small square matrices, and with X at the end: the same in a third of the time.
+    come out between 0.7 and 1.2, save tiny ones. Five steps X <- (3.4445 I - 4.7750 A + 2.0315 A^2) X with A = X X^T, a
+    Newton-Schulz iteration (Jordan et al. 2024). All of them are polynomials in the first A, and so can be multiplied
+    with each other first, as small square matrices, and with X at the end: the same in a third of the time (Zhang et
+    al. 2026, Gram Newton-Schulz, tridao.me/blog/2026/gram-newton-schulz; in half precision it would need more care).
     """
     X = G / (G.norm(dim=(1, 2), keepdim=True) + 1e-7)
     A = X @ X.mT
