@@ -149,7 +149,7 @@ class Continuous:
         return mu - self.shares(t)[1].sqrt() * self.predict(net, mu, t)
 
     def guess(self, output):
-        return output.clamp(-1, 1)
+        return common.clip(output)
 
     def draw(self, output):
         """What Bob takes for x when he makes up a message himself."""

@@ -711,6 +711,12 @@ def column(t):
     return t.view(-1, 1, 1, 1)
 
 
+def clip(guess):
+    """guess, of any shape, clipped to [-1, 1], but with the gradient of the guess itself: where it lies beyond the
+    wrong end, the loss can still pull it back."""
+    return guess + (guess.clamp(-1, 1) - guess).detach()
+
+
 def standard_error(values):
     return (values.std() / len(values) ** 0.5).item()
 

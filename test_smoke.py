@@ -137,6 +137,13 @@ def test_loss_is_that_of_v_but_for_clipped_guesses(monkeypatch):
     assert diffusion.loss(black, black).item() < 1e-6
 
 
+def test_clip_keeps_the_gradient():
+    x = torch.tensor([-3.0, -0.5, 1.7], requires_grad=True)
+    clipped = common.clip(x)
+    (clipped * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert torch.allclose(clipped, torch.tensor([-1.0, -0.5, 1.0])) and x.grad.tolist() == [1, 2, 3]
+
+
 def ideal_diffusion(monkeypatch, images):
     def predict(net, x_t, t):
         signal, noise = diffusion.signal_and_noise(t)
