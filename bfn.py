@@ -20,6 +20,7 @@ the sampler; the likelihood bound; the training loop. Section and equation numbe
     BFN     Graves et al. 2023, Bayesian flow networks, arXiv 2308.07037                  (where no other is named)
     Solver  Xue et al. 2024, Unifying Bayesian flow networks and diffusion models ..., arXiv 2404.15766
     PD      Salimans & Ho 2022, Progressive distillation for fast sampling of diffusion models, arXiv 2202.00512
+    SC      Chen et al. 2022, Analog bits: ... diffusion models with self-conditioning, arXiv 2208.04202
 
 Time t is float [B] in [0, 1]: at 0 Bob knows nothing of the image, at 1 nearly everything. (In diffusion.py,
 1 is noise.)
@@ -45,8 +46,9 @@ T_0 = 1e-5  # sampling starts here, not at 0, where the continuous belief scaled
 #   first_belief(eps)               theta at T_0, before any message to speak of
 #   update(theta, x, eps, t, s)     theta at s, from theta at t and one message about x with noise eps
 #   belief(theta) -> x              the mean of what Bob believes, for pictures
-#   output(net, theta, t)           the output distribution, of which guess is the mean, draw a draw, and
-#   cost(x, output)                 the nats that x costs under it
+#   output(net, theta, t, previous) the output distribution, given a previous guess of x, or zeros where there is none;
+#                                   guess(output) is its mean, draw(output) a draw,
+#   cost(x, output)                 and this is the nats that x costs under it
 #   times(u), training_times(u)     times to sample and to train at, for u in [0, 1]
 
 class Continuous:
@@ -56,7 +58,7 @@ class Continuous:
 
     sigma_1 = 0.001
     scale = 1  # of the squared error in the loss: for classes it is K
-    channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; of the network: mu and its Fourier features, v
+    channels, in_channels, out_channels = 1, 1 + 1 + 16, 1  # of x; the network's: mu, a guess, features of mu; v
     unit, nats_per_unit = "bits/dim", 784 * math.log(2)
 
     def encode(self, images):
@@ -129,7 +131,7 @@ class Continuous:
         """
         return torch.where(torch.arange(len(u)) % 4 == 0, u, self.times(1 - u ** (2 / 3)))
 
-    def predict(self, net, mu, t):
+    def predict(self, net, mu, t, previous):
         """What the network says of mu, [B, out_channels, 28, 28].
 
         It sees mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, which is a diffusion model's x_t with gamma for
@@ -139,14 +141,14 @@ class Continuous:
         """
         gamma, rest = self.shares(t)
         features = common.fourier_features(mu / gamma, (rest / gamma).sqrt())
-        return net(torch.cat([mu / gamma.sqrt(), features], dim=1), t)
+        return net(torch.cat([mu / gamma.sqrt(), previous, features], dim=1), t)
 
-    def output(self, net, mu, t):
+    def output(self, net, mu, t, previous):
         """x_hat = mu / gamma - sqrt((1 - gamma) / gamma) eps (eq. 84, §4.7), which in terms of v is
 
         x_hat = mu - sqrt(1 - gamma) v
         """
-        return mu - self.shares(t)[1].sqrt() * self.predict(net, mu, t)
+        return mu - self.shares(t)[1].sqrt() * self.predict(net, mu, t, previous)
 
     def guess(self, output):
         return common.clip(output)
@@ -168,9 +170,9 @@ class Discretized(Continuous):
 
     out_channels = 2
 
-    def output(self, net, mu, t):
+    def output(self, net, mu, t, previous):
         """Mean and deviation of the normal: as the guess above, and sqrt(1 - gamma) exp(network)."""
-        v, log_sigma = self.predict(net, mu, t).chunk(2, dim=1)
+        v, log_sigma = self.predict(net, mu, t, previous).chunk(2, dim=1)
         noise = self.shares(t)[1].sqrt()
         return mu - noise * v, noise * log_sigma.clamp(-5, 5).exp()
 
@@ -197,7 +199,7 @@ class Discrete:
 
     def __init__(self, K=2):
         self.K = self.scale = K
-        self.channels = self.in_channels = self.out_channels = K
+        self.channels, self.in_channels, self.out_channels = K, K + K, K  # the network's: belief, a guess; logits
 
     def encode(self, images):
         """float [B, 1, 28, 28] in [-1, 1] -> x. A grey value between two classes becomes one of them at random, the
@@ -253,10 +255,10 @@ class Discrete:
         """Times to train at, for u uniform in [0, 1]: the paper's."""
         return u
 
-    def output(self, net, z, t):
+    def output(self, net, z, t, previous):
         """Logits of the output distribution. z is what a pixel's own messages say of it; the network adds what all the
         others say. (The paper's network gives the whole of it, §6.2.)"""
-        return z + net(2 * z.softmax(1) - 1, t)
+        return z + net(torch.cat([2 * z.softmax(1) - 1, previous], dim=1), t)
 
     def guess(self, output):
         return output.softmax(1)
@@ -276,9 +278,21 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 
 # ------------------------------------------------------------------------------------------------------ the loss
 
-def loss_per_image(net, data, x, t):
+def second_guess(net, data, theta, t, count):
+    """data.output with the network's first guess from the same theta as the previous one, for the first `count` images.
+
+    This is self-conditioning (SC §3.2), as in diffusion.py: a sampler has a guess from the step before, and goes on
+    with the digit that it has begun. In training half of the images get one, made with no gradient.
+    """
+    previous = torch.zeros_like(theta)
+    with torch.no_grad():
+        previous[:count] = data.guess(data.output(net, theta[:count], t[:count], previous[:count]))
+    return data.output(net, theta, t, previous)
+
+
+def loss_per_image(net, data, x, t, count):
     """What Alice's messages cost in nats, [B], as seen at one time t: the mean over t uniform in [0, 1] is the cost of
-    all of them. x: as data.encode gives it; t: [B].
+    all of them. x: as data.encode gives it; t: [B]; count: as in second_guess.
 
     Bob expects a message about his guess, and Alice sends one about x. To code hers costs the divergence of the two,
     which for weak messages is accuracy / 2 ||x - guess||^2 (times K for classes). With infinitely many messages, those
@@ -294,14 +308,14 @@ def loss_per_image(net, data, x, t):
     """
     t = t.clamp(min=T_0)
     theta = data.flow(x, common.randn_like(x), t)
-    guess = data.guess(data.output(net, theta, t))
+    guess = data.guess(second_guess(net, data, theta, t, count))
     return data.scale / 2 * data.alpha(t) * (x - guess).square().flatten(1).sum(1)
 
 
 def loss(net, data, images):
     """The training loss of a batch of images, float [B, 1, 28, 28] in [-1, 1]: a scalar."""
     t = data.training_times(common.stratified(len(images))).to(images.device)
-    return loss_per_image(net, data, data.encode(images), t).mean() / 784
+    return loss_per_image(net, data, data.encode(images), t, len(images) // 2).mean() / 784
 
 
 # --------------------------------------------------------------------------------------------------- the sampler
@@ -320,15 +334,16 @@ def bayesian_flow(net, data, eps, times, deterministic=False):
     """
     times = times.float().to(eps.device)[:, None].expand(-1, len(eps))
     theta = data.first_belief(eps)
+    guess = torch.zeros_like(eps)
     for t, s in zip(times[:-1], times[1:]):
-        output = data.output(net, theta, t)
+        output = data.output(net, theta, t, guess)
+        guess = data.guess(output)
         yield t[0].item(), theta, output
         if deterministic:
-            guess = data.guess(output)
             theta = data.flow(guess, data.implied_eps(theta, guess, t), s)
         else:
             theta = data.update(theta, data.draw(output), common.randn_like(eps), t, s)
-    yield 1.0, theta, data.output(net, theta, times[-1])
+    yield 1.0, theta, data.output(net, theta, times[-1], guess)
 
 
 def generate(net, data, n, steps, sampler, **spacing):
@@ -346,12 +361,13 @@ def generate(net, data, n, steps, sampler, **spacing):
 
 def bound(net, data, images):
     """An upper bound on the code length of each image in data.unit, as its two terms, [B, 2]: loss plus reconstruction.
-    An unbiased estimate, from one t for each image; images are as in `loss`."""
+    It holds for any guess that is made of theta alone, as the second one is. An unbiased estimate, from one t for each
+    image; images are as in `loss`."""
     x = data.encode(images)
-    messages = loss_per_image(net, data, x, common.stratified(len(x)).to(x.device))
+    messages = loss_per_image(net, data, x, common.stratified(len(x)).to(x.device), len(x))
     t = torch.ones(len(x), device=x.device)
     theta = data.flow(x, common.randn_like(x), t)
-    reconstruction = data.cost(x, data.output(net, theta, t))
+    reconstruction = data.cost(x, second_guess(net, data, theta, t, len(x)))
     return torch.stack([messages, reconstruction], dim=1) / data.nats_per_unit
 
 

