@@ -279,10 +279,10 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 # ------------------------------------------------------------------------------------------------------ the loss
 
 def second_guess(net, data, theta, t, count):
-    """data.output with the network's first guess from the same theta as the previous one, for the first `count` images.
+    """data.output, where the first `count` of the images have a first guess, made from theta too, as the previous one.
 
-    This is self-conditioning (SC §3.2), as in diffusion.py: a sampler has a guess from the step before, and goes on
-    with the digit that it has begun. In training half of the images get one, made with no gradient.
+    This is self-conditioning (SC), as in diffusion.py: in training a quarter of the images get a second look, with no
+    gradient through the first; sampler and bound always look twice.
     """
     previous = torch.zeros_like(theta)
     with torch.no_grad():
@@ -315,7 +315,7 @@ def loss_per_image(net, data, x, t, count):
 def loss(net, data, images):
     """The training loss of a batch of images, float [B, 1, 28, 28] in [-1, 1]: a scalar."""
     t = data.training_times(common.stratified(len(images))).to(images.device)
-    return loss_per_image(net, data, data.encode(images), t, len(images) // 2).mean() / 784
+    return loss_per_image(net, data, data.encode(images), t, len(images) // 4).mean() / 784
 
 
 # --------------------------------------------------------------------------------------------------- the sampler
@@ -334,16 +334,15 @@ def bayesian_flow(net, data, eps, times, deterministic=False):
     """
     times = times.float().to(eps.device)[:, None].expand(-1, len(eps))
     theta = data.first_belief(eps)
-    guess = torch.zeros_like(eps)
     for t, s in zip(times[:-1], times[1:]):
-        output = data.output(net, theta, t, guess)
-        guess = data.guess(output)
+        output = second_guess(net, data, theta, t, len(eps))
         yield t[0].item(), theta, output
         if deterministic:
+            guess = data.guess(output)
             theta = data.flow(guess, data.implied_eps(theta, guess, t), s)
         else:
             theta = data.update(theta, data.draw(output), common.randn_like(eps), t, s)
-    yield 1.0, theta, data.output(net, theta, times[-1], guess)
+    yield 1.0, theta, second_guess(net, data, theta, times[-1], len(eps))
 
 
 def generate(net, data, n, steps, sampler, **spacing):
@@ -361,8 +360,7 @@ def generate(net, data, n, steps, sampler, **spacing):
 
 def bound(net, data, images):
     """An upper bound on the code length of each image in data.unit, as its two terms, [B, 2]: loss plus reconstruction.
-    It holds for any guess that is made of theta alone, as the second one is. An unbiased estimate, from one t for each
-    image; images are as in `loss`."""
+    An unbiased estimate, from one t for each image; images are as in `loss`."""
     x = data.encode(images)
     messages = loss_per_image(net, data, x, common.stratified(len(x)).to(x.device), len(x))
     t = torch.ones(len(x), device=x.device)
