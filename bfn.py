@@ -46,15 +46,15 @@ T_0 = 1e-5  # sampling starts here, not at 0, where the continuous belief scaled
 #   first_belief(eps)               theta at T_0, before any message to speak of
 #   update(theta, x, eps, t, s)     theta at s, from theta at t and one message about x with noise eps
 #   belief(theta) -> x              the mean of what Bob believes, for pictures
-#   output(net, theta, t, previous) the output distribution, given a previous guess of x, or zeros where there is none;
-#                                   guess(output) is its mean, draw(output) a draw,
-#   cost(x, output)                 and this is the nats that x costs under it
+#   output(net, theta, t, previous) the output distribution, given a previous guess of x, or zeros where there is none:
+#                                   x_hat, or mean and deviation, or logits
+#   guess(output), draw(output)     its mean, within the range of x; a draw from it
+#   cost(x, output)                 -ln p(x | theta), the nats that x costs at the end
 #   times(u), training_times(u)     times to sample and to train at, for u in [0, 1]
 
 class Continuous:
     """Grey pixels as real numbers in [-1, 1] (§4). theta is mu, [B, 1, 28, 28]: Bob believes in N(mu, 1 / rho), where
-    rho = 1 + beta(t) is known from t. At t = 1 its deviation is sigma_1 = 0.001: grey values, 0.0078 apart, are told
-    apart."""
+    rho = 1 + beta(t) is known from t. At t = 1 its deviation is sigma_1 = 0.001, and grey values are 0.0078 apart."""
 
     sigma_1 = 0.001
     scale = 1  # of the squared error in the loss: for classes it is K
@@ -126,8 +126,8 @@ class Continuous:
         which diffusion.py trains.
 
         They are not reweighted: the mean is no longer the paper's loss, but favours shapes. With the others spread as
-        in `times`, and the paper's one in two, or one in four: after 1.5 epochs 1.160 and 1.194 bits/dim, and a Frechet
-        distance of 1000 images of 60 and 35.
+        in `times`, an earlier network had after 1.5 epochs, with the paper's one in two, 1.160 bits/dim and a Frechet
+        distance of 60 (1000 images); with one in four, 1.194 and 35.
         """
         return torch.where(torch.arange(len(u)) % 4 == 0, u, self.times(1 - u ** (2 / 3)))
 
@@ -171,7 +171,8 @@ class Discretized(Continuous):
     out_channels = 2
 
     def output(self, net, mu, t, previous):
-        """Mean and deviation of the normal: as the guess above, and sqrt(1 - gamma) exp(network)."""
+        """Mean and deviation of the normal: the x_hat of Continuous, and sqrt(1 - gamma) exp(network), the network's
+        part within -5..5."""
         v, log_sigma = self.predict(net, mu, t, previous).chunk(2, dim=1)
         noise = self.shares(t)[1].sqrt()
         return mu - noise * v, noise * log_sigma.clamp(-5, 5).exp()
@@ -278,7 +279,7 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 
 # ------------------------------------------------------------------------------------------------------ the loss
 
-def second_guess(net, data, theta, t, count):
+def look_twice(net, data, theta, t, count):
     """data.output, where the first `count` of the images have a first guess, made from theta too, as the previous one.
 
     This is self-conditioning (SC), as in diffusion.py: in training a quarter of the images get a second look, with no
@@ -286,13 +287,14 @@ def second_guess(net, data, theta, t, count):
     """
     previous = torch.zeros_like(theta)
     with torch.no_grad():
-        previous[:count] = data.guess(data.output(net, theta[:count], t[:count], previous[:count]))
+        first = data.output(net, theta[:count], t[:count], torch.zeros_like(theta[:count]))
+        previous[:count] = data.guess(first)
     return data.output(net, theta, t, previous)
 
 
 def loss_per_image(net, data, x, t, count):
     """What Alice's messages cost in nats, [B], as seen at one time t: the mean over t uniform in [0, 1] is the cost of
-    all of them. x: as data.encode gives it; t: [B]; count: as in second_guess.
+    all of them. x: as data.encode gives it; t: [B]; count: as in look_twice.
 
     Bob expects a message about his guess, and Alice sends one about x. To code hers costs the divergence of the two,
     which for weak messages is accuracy / 2 ||x - guess||^2 (times K for classes). With infinitely many messages, those
@@ -308,7 +310,7 @@ def loss_per_image(net, data, x, t, count):
     """
     t = t.clamp(min=T_0)
     theta = data.flow(x, common.randn_like(x), t)
-    guess = data.guess(second_guess(net, data, theta, t, count))
+    guess = data.guess(look_twice(net, data, theta, t, count))
     return data.scale / 2 * data.alpha(t) * (x - guess).square().flatten(1).sum(1)
 
 
@@ -335,14 +337,14 @@ def bayesian_flow(net, data, eps, times, deterministic=False):
     times = times.float().to(eps.device)[:, None].expand(-1, len(eps))
     theta = data.first_belief(eps)
     for t, s in zip(times[:-1], times[1:]):
-        output = second_guess(net, data, theta, t, len(eps))
+        output = look_twice(net, data, theta, t, len(eps))
         yield t[0].item(), theta, output
         if deterministic:
             guess = data.guess(output)
             theta = data.flow(guess, data.implied_eps(theta, guess, t), s)
         else:
             theta = data.update(theta, data.draw(output), common.randn_like(eps), t, s)
-    yield 1.0, theta, second_guess(net, data, theta, times[-1], len(eps))
+    yield 1.0, theta, look_twice(net, data, theta, times[-1], len(eps))
 
 
 def generate(net, data, n, steps, sampler, **spacing):
@@ -365,7 +367,7 @@ def bound(net, data, images):
     messages = loss_per_image(net, data, x, common.stratified(len(x)).to(x.device), len(x))
     t = torch.ones(len(x), device=x.device)
     theta = data.flow(x, common.randn_like(x), t)
-    reconstruction = data.cost(x, second_guess(net, data, theta, t, len(x)))
+    reconstruction = data.cost(x, look_twice(net, data, theta, t, len(x)))
     return torch.stack([messages, reconstruction], dim=1) / data.nats_per_unit
 
 

@@ -355,9 +355,9 @@ class UNet(nn.Module):
     """The shuffled U-Net: [B, in_channels, 28, 28] and t [B] in [0, 1] -> [B, out_channels, 28, 28].
 
     The first layer goes to 14x14, and the units work at 7x7, where a place sees all of the image after few of them. Of
-    the finer scale there is the skip connection, and one convolution on the way up. It is a quarter of all the work, as
-    much as a unit, but worth it: three units without it do worse than two with it. All convolutions are dense (none is
-    grouped or depthwise), in channels_last memory: what a CPU is fastest at, by far.
+    the finer scale there is the skip connection, and one convolution on the way up. That convolution is a quarter of
+    all the work, as much as a unit, but worth it: three units without it do worse than two with it. All convolutions
+    are dense (none is grouped or depthwise), in channels_last memory: what a CPU is fastest at, by far.
     """
 
     def __init__(self, in_channels, out_channels, wide=64, deep=128, units=2, time_channels=128):

@@ -78,18 +78,19 @@ def predict_x_0(net, x_t, t, previous):
     return common.clip(signal * x_t - noise * predict_v(net, x_t, t, previous))
 
 
-def second_guess(net, x_t, t, count):
+def look_twice(net, x_t, t, count):
     """predict_x_0, where the first `count` of the images have a first guess, made from x_t too, as the previous one.
 
     This is self-conditioning (SC): a second look, with the same weights. In training a quarter of the images get one,
-    with no gradient through the first look, so that the network learns to do with and without; sampler and bound always
-    look twice. In SC the sampler spares the first look, and takes the guess of the step before. Ours then got caught in
-    its own guesses, which became nines too often: after 3 epochs, of 4000 digits, the Frechet distance was 33, looking
-    twice 19, without any of it 22. Of 15%, looking twice, a classifier was less than 90% sure; without, of 18%.
+    with no gradient through the first look, so that the network learns to do with and without. Sampler and bound always
+    look twice: a step takes two calls of the network, and the bound is that of this very sampler. SC's sampler spares
+    the first look, and takes the guess of the step before. Ours then got caught in its own guesses, which became nines
+    too often: with 4000 digits after 3 epochs, the Frechet distance was 33, looking twice 19, without any of it 22.
+    A classifier was less than 90% sure of 15% of the digits drawn looking twice, and of 18% of those without.
     """
     previous = torch.zeros_like(x_t)
     with torch.no_grad():
-        previous[:count] = predict_x_0(net, x_t[:count], t[:count], previous[:count])
+        previous[:count] = predict_x_0(net, x_t[:count], t[:count], torch.zeros_like(x_t[:count]))
     return predict_x_0(net, x_t, t, previous)
 
 
@@ -98,22 +99,20 @@ def loss(net, x_0):
 
     L = E ||x_0 - guess||^2 / (1 - alpha_bar) / 784                                        PD §4, "SNR + 1 weighting"
 
-    For a guess within [-1, 1] this is ||v - v_net||^2, which is DDPM's eq. 14 with v in place of eps, and with other
-    steps drawn. But the guess is clipped, as it is in sampling: where a pixel is black, which most are, all guesses
-    from black on down are right, and the network need not get the exact value. That took the code after 1.5 epochs from
-    1.80 to 1.70 bits/dim. A guess that is clipped at the wrong end needs its gradient, though: with `common.clip`,
-    which lets it through, another network came to 1.64 instead of 1.71. (All with steps drawn evenly.)
+    For a guess within [-1, 1] this is ||v - v_net||^2 / 784, which is DDPM's eq. 14 with v in place of eps, and with
+    other steps drawn. But the guess is clipped, as it is in sampling: where a pixel is black, which most are, all
+    guesses from black on down are right, and the network need not get the exact value. That made the bound after 1.5
+    epochs 1.70 instead of 1.80 bits/dim. A guess that is clipped at the wrong end needs its gradient, which
+    `common.clip` lets through: 1.64 instead of 1.71, with another network. (All with steps drawn evenly.)
 
-    Which digit it becomes is decided in the noise, around t = 0.8; before t = 0.1, nothing but fine shades are. Drawn
-    evenly, as in DDPM, one step in ten would go to these; with t = u^(2/3) for uniform u, one in thirty. After 1.5
-    epochs that made the error of v at t = 0.8 smaller, 0.161 instead of 0.163, and the code longer, 1.78 instead of
-    1.64 bits/dim. The Frechet distance of 1000 images was 41 drawn evenly, and 34 and 41 in two runs like this: no
-    verdict.
+    Which digit it becomes is settled around t = 0.8; below t = 0.1 only fine shades are. Drawn evenly, as in DDPM, one
+    step in ten would go to these; with t = u^(2/3) for uniform u, one in thirty. That favours shape: after 1.5 epochs,
+    the error of v at t = 0.8 was 0.161 instead of 0.163, and the bound 1.78 instead of 1.64 bits/dim.
     """
     i = 1 + (common.stratified(len(x_0)) ** (2 / 3) * T).long().clamp(max=T - 1)
     t = (i / T).to(x_0.device)
     _, noise = signal_and_noise(common.column(t))
-    guess = second_guess(net, diffuse(x_0, common.randn_like(x_0), t), t, len(x_0) // 4)
+    guess = look_twice(net, diffuse(x_0, common.randn_like(x_0), t), t, len(x_0) // 4)
     return ((x_0 - guess) / noise).square().mean()
 
 
@@ -133,7 +132,7 @@ def reverse_process(net, x_T, steps, eta=0.0):
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     levels = list(zip(times.tolist(), *[a.tolist() for a in signal_and_noise(times)]))
     for (t, signal_t, noise_t), (_, signal_s, noise_s) in zip(levels[:-1], levels[1:]):
-        guess = second_guess(net, x_t, torch.full((len(x_t),), t, device=x_t.device), len(x_t))
+        guess = look_twice(net, x_t, torch.full((len(x_t),), t, device=x_t.device), len(x_t))
         yield t, x_t, guess
         eps = (x_t - signal_t * guess) / noise_t
         # 1 - alpha_bar_t / alpha_bar_s = (noise_t^2 - noise_s^2) / signal_s^2
@@ -185,11 +184,11 @@ def bound(net, x_0):
     p = p / p.sum()
     i = 2 + torch.searchsorted(p.cumsum(0), common.stratified(len(x_0)).double()).clamp(max=T - 2)
     t = (i / T).to(x_0.device)
-    guess = second_guess(net, diffuse(x_0, common.randn_like(x_0), t), t, len(x_0))
+    guess = look_twice(net, diffuse(x_0, common.randn_like(x_0), t), t, len(x_0))
     diffusion = step_cost(x_0, guess, i) / p[i - 2].float().to(x_0.device)
 
     first = torch.full_like(t, 1 / T)
-    guess = second_guess(net, diffuse(x_0, common.randn_like(x_0), first), first, len(x_0))
+    guess = look_twice(net, diffuse(x_0, common.randn_like(x_0), first), first, len(x_0))
     decoder = decoder_cost(x_0, guess)
 
     signal, noise = signal_and_noise(torch.ones((), device=x_0.device))  # KL(N(signal x_0, noise^2) || N(0, 1))
