@@ -283,7 +283,7 @@ def look_twice(net, data, theta, t, count):
     """data.output, where the first `count` of the images have a first guess, made from theta too, as the previous one.
 
     This is self-conditioning (SC), as in diffusion.py: in training a quarter of the images get a second look, with no
-    gradient through the first; sampler and bound always look twice.
+    gradient through the first; sampler and bound always look twice. Returns an output, as data.output does.
     """
     previous = torch.zeros_like(theta)
     with torch.no_grad():

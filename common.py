@@ -417,7 +417,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(G):
     """About U V^T for the singular value decomposition U S V^T of each matrix in G, [N, rows, columns]: singular values
-    come out between 0.7 and 1.2, save tiny ones. Five steps X <- (3.4445 I - 4.7750 A + 2.0315 A^2) X with A = X X^T, a
+    come out between 0.68 and 1.2, save tiny ones. Five steps X <- (3.4445 I - 4.7750 A + 2.0315 A^2) X, A = X X^T, of a
     Newton-Schulz iteration (Jordan et al. 2024). All of them are polynomials in the first A, and so can be multiplied
     with each other first, as small square matrices, and with X at the end: the same in a third of the time (Zhang et
     al. 2026, Gram Newton-Schulz, tridao.me/blog/2026/gram-newton-schulz; in half precision it would need more care).
@@ -741,7 +741,7 @@ def discretised_normal_nats(x, mean, sigma):
 
 
 def expected_grey(mean, sigma):
-    """The mean of N(mean, sigma^2) dealt out to the 256 grey values of [-1, 1] (BFN §5.1); all of one shape.
+    """The mean of N(mean, sigma^2) dealt out to the 256 grey values of [-1, 1], as above; all of one shape.
 
     The sum over the 256 probabilities, but not term by term. In units of grey values, X ~ N(m, s^2) is rounded and
     clipped to 0..255, whose mean is 0 + sum_{j=1..255} P(X > j - 1/2). For s < 1 only the terms near m differ from 0

@@ -72,7 +72,7 @@ def predict_v(net, x_t, t, previous):
 def predict_x_0(net, x_t, t, previous):
     """The network's guess of the image, [B, 1, 28, 28], given a previous one, or zeros where there is none:
 
-    x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v, clipped to [-1, 1]                             PD §4, app. D
+    x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v, by PD §4, app. D; clipped to [-1, 1]
     """
     signal, noise = signal_and_noise(common.column(t))
     return common.clip(signal * x_t - noise * predict_v(net, x_t, t, previous))
@@ -81,12 +81,12 @@ def predict_x_0(net, x_t, t, previous):
 def look_twice(net, x_t, t, count):
     """predict_x_0, where the first `count` of the images have a first guess, made from x_t too, as the previous one.
 
-    This is self-conditioning (SC): a second look, with the same weights. In training a quarter of the images get one,
-    with no gradient through the first look, so that the network learns to do with and without. Sampler and bound always
-    look twice: a step takes two calls of the network, and the bound is that of this very sampler. SC's sampler spares
-    the first look, and takes the guess of the step before. Ours then got caught in its own guesses, which became nines
-    too often: with 4000 digits after 3 epochs, the Frechet distance was 33, looking twice 19, without any of it 22.
-    A classifier was less than 90% sure of 15% of the digits drawn looking twice, and of 18% of those without.
+    This is self-conditioning (SC): a second look, with the same weights. In training some images get one (SC: half, we:
+    a quarter), with no gradient through the first look, so that the network learns to do with and without. Sampler and
+    bound always look twice: a step takes two calls of the network. SC's sampler spares the first look, and takes the
+    guess of the step before. Ours then got caught in its own guesses, which became nines too often: with 4000 digits
+    after 3 epochs, the Frechet distance was 33, looking twice 19, without any of it 22. A classifier was less than 90%
+    sure of 15% of the digits drawn looking twice, and of 18% of those without.
     """
     previous = torch.zeros_like(x_t)
     with torch.no_grad():
@@ -177,6 +177,7 @@ def bound(net, x_0):
     L = L_T + sum_{t=2..T} L_{t-1} + L_0                                                                 DDPM eq. 5
 
     prior: what x_T still tells of x_0; diffusion: the steps back; decoder: the last step, from x_1 to grey values.
+    It is that of the ancestral sampler over all T steps. Both looks are at x_t alone, as DDPM's chain demands.
     An unbiased estimate, from one step i for each image. It is drawn with probability p(i) proportional to 1 / i, since
     the terms fall about so: drawing the large ones more often makes the estimate less noisy.
     """
