@@ -144,14 +144,16 @@ def test_clip_keeps_the_gradient():
     assert torch.allclose(clipped, torch.tensor([-1.0, -0.5, 1.0])) and x.grad.tolist() == [1, 2, 3]
 
 
-def test_second_look_sees_the_first_for_some_images():
+@pytest.mark.parametrize("name", ["diffusion", "bfn"])
+def test_second_look_sees_the_first_for_some_images(name, monkeypatch):
     """With a network that passes on what it is given: a half of x_t, plus the previous guess and a weight."""
     weight = torch.ones((), requires_grad=True)
     data = bfn.Continuous()
     data.output = lambda net, x, t, previous: 0.5 * x + previous + weight
+    monkeypatch.setattr(diffusion, "predict_x_0", data.output)
     x, t = torch.rand(4, 1, 2, 2) * 0.2 - 1, torch.full((4,), 0.5)  # a half of it plus 1 is in [-1, 1], twice it is not
     first = 0.5 * x + 1
-    guess = bfn.look_twice(None, data, x, t, 3)
+    guess = diffusion.look_twice(None, x, t, 3) if name == "diffusion" else bfn.look_twice(None, data, x, t, 3)
     assert torch.allclose(guess[:3], 2 * first[:3]) and torch.allclose(guess[3:], first[3:])
     guess.sum().backward()
     assert weight.grad == x.numel()  # each pixel once: none by way of the first guess
