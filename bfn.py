@@ -48,7 +48,7 @@ T_0 = 1e-5  # sampling starts here, not at 0, where the continuous belief scaled
 #   belief(theta) -> x              the mean of what Bob believes, for pictures
 #   output(net, theta, t, previous) the output distribution, given a previous guess of x, or zeros where there is none:
 #                                   x_hat, or mean and deviation, or logits
-#   guided(output, worse)           an output, led away from that of a worse network (common.guided), for sampling
+#   guided(output, worse)           an output, led away from that of a worse network (common.guidance)
 #   guess(output), draw(output)     its mean, within the range of x; a draw from it
 #   cost(x, output)                 -ln p(x | theta), the nats that x costs at the end
 #   times(u), training_times(u)     times to sample and to train at, for u in [0, 1]
@@ -152,7 +152,8 @@ class Continuous:
         return mu - self.shares(t)[1].sqrt() * self.predict(net, mu, t, previous)
 
     def guided(self, output, worse):
-        return common.guided(output, worse)
+        guess, worse = self.guess(output), self.guess(worse)  # clipped: beyond -1 and 1 there is nothing to lead to
+        return guess + common.guidance(guess, worse)
 
     def guess(self, output):
         return common.clip(output)
@@ -182,8 +183,9 @@ class Discretized(Continuous):
         return mu - noise * v, noise * log_sigma.clamp(-5, 5).exp()
 
     def guided(self, output, worse):
-        """The means are; the deviation stays."""
-        return common.guided(output[0], worse[0]), output[1]
+        """The mean is; the deviation stays."""
+        (mean, sigma), (worse_mean, _) = output, worse
+        return mean + common.guidance(common.clip(mean), common.clip(worse_mean)), sigma
 
     def guess(self, output):
         return common.expected_grey(*output)
@@ -274,7 +276,8 @@ class Discrete:
         return z + net(torch.cat([2 * z.softmax(1) - 1, previous], dim=1), t)
 
     def guided(self, output, worse):
-        return common.guided(output, worse)
+        """In logits: the probabilities, to the power of w, over the worse ones', to the power of w - 1."""
+        return output + common.guidance(output, worse)
 
     def guess(self, output):
         return output.softmax(1)
@@ -339,8 +342,8 @@ def loss(net, data, images):
 
 def guided_output(net, guide, data, theta, t):
     """The output distribution with which the sampler goes on: that of two looks, led away from the first look of a
-    worse network, the guide. With discrete data, that took the share of 2000 digits of which a classifier was less than
-    90% sure from 12.7% to 6.8%, and the Frechet distance from 17.1 to 8.1."""
+    worse network, the guide. With discrete data, a classifier was less than 90% sure of 6.8% of 2000 digits, without
+    the guide of 12.7%; and their Frechet distance was 8.1 instead of 17.1."""
     output = look_twice(net, data, theta, t, len(theta))
     return data.guided(output, data.output(guide, theta, t, torch.zeros_like(theta)))
 

@@ -477,7 +477,7 @@ EMA_POWER = 6.94  # sigma_rel = 0.1 in the EMA's paper: over half of the weight 
 
 class Run:
     """A run's folder and what is in it: network, average of the weights, optimisers, history. And the guide, which is
-    the averaged network as it was after the first epoch, or the last one within GUIDE_STEPS: see `guided`.
+    the averaged network as it was after the first epoch, or the last one that ends within GUIDE_STEPS: see `guidance`.
 
     A context manager: entering it takes the folder's lock, and loads the run that stands there, if there is one with
     the same settings. Raises Fail, and leaves everything as it is, where that can't be.
@@ -726,15 +726,15 @@ def clip(guess):
     return guess + (guess.clamp(-1, 1) - guess).detach()
 
 
-def guided(guess, worse, w=1.5):
-    """w guess + (1 - w) worse: the guess, led away from that of a worse network; all of one shape.
+def guidance(guess, worse, w=1.5):
+    """(w - 1) (guess - worse): what to add to a guess, to lead it away from that of a worse network; all of one shape.
 
-    This is autoguidance (Karras et al. 2024, arXiv 2406.02507). A trained network still expects some of what is no
-    digit, and draws it. A worse network, trained for less long (see `Run`), makes the same mistakes, but larger ones;
-    so the way from its guess to the better one leads on to one that is better still. w = 1 is the guess as it is, with
-    which the bounds are measured: guidance is for drawing only, and what is drawn is no longer what the bound is of.
+    This is autoguidance (Karras et al. 2024, arXiv 2406.02507), whose guess is w guess + (1 - w) worse. A trained
+    network still expects some of what is no digit, and draws it. A worse one, trained for less long (see `Run`), makes
+    the same mistakes, but larger ones; so the way from its guess to the better one leads on to one better still. Bounds
+    are measured without it (w = 1): guidance is for drawing only, and what is drawn is no longer what the bound is of.
     """
-    return torch.lerp(worse, guess, w)
+    return (w - 1) * (guess - worse)
 
 
 def standard_error(values):

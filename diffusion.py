@@ -120,10 +120,11 @@ def loss(net, x_0):
 
 def guided_guess(net, guide, x_t, t):
     """The guess of x_0, [B, 1, 28, 28], with which the sampler goes on: that of two looks, led away from the first look
-    of a worse network, the guide (`common.guided`), and clipped. Without this, a classifier was less than 90% sure of
-    9.9% of 2000 digits; with it, of 6.5%."""
+    of a worse network, the guide (`common.guidance`), and clipped. After 20 epochs, a classifier was less than 90% sure
+    of 6.5% of 2000 digits, without the guide of 9.9%."""
     guess = look_twice(net, x_t, t, len(x_t))
-    return common.clip(common.guided(guess, predict_x_0(guide, x_t, t, torch.zeros_like(x_t))))
+    worse = predict_x_0(guide, x_t, t, torch.zeros_like(x_t))
+    return common.clip(guess + common.guidance(guess, worse))
 
 
 def reverse_process(net, guide, x_T, steps, eta=0.0):

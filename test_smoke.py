@@ -169,6 +169,12 @@ def test_sampler_is_led_away_from_the_guide(monkeypatch):
     data.output = lambda net, x, t, previous: (torch.full_like(x, net), torch.full_like(x, net ** 2))
     mean, deviation = bfn.guided_output(0.4, 0.2, data, x, t)
     assert torch.allclose(mean, torch.tensor(0.5)) and torch.allclose(deviation, torch.tensor(0.16))
+    mean, _ = bfn.guided_output(-1.1, -4.0, data, x, t)  # both say black
+    assert torch.allclose(mean, torch.tensor(-1.1))
+    data = bfn.Continuous()
+    data.output = lambda net, x, t, previous: torch.full_like(x, net)
+    assert torch.allclose(bfn.guided_output(-1.1, -4.0, data, x, t), torch.tensor(-1.0))
+    assert torch.allclose(bfn.guided_output(0.4, 0.2, data, x, t), torch.tensor(0.5))
 
 
 def ideal_diffusion(monkeypatch, images):
