@@ -14,8 +14,8 @@ together and guesses the image (the output distribution). A message costs the fe
 would say, and so the network's errors add up to the length of a code for the image. With no Alice, Bob makes up her
 messages from his own guesses, and a new image appears.
 
-This file is all of it, in this order: the three types of data, each a small class with the same methods; the loss;
-the sampler; the likelihood bound; the training loop. Section and equation numbers are those of
+This file is all of it but the network, in this order: the three types of data, each a small class with the same
+methods; the loss; the sampler; the likelihood bound; the training loop. Section and equation numbers are those of
 
     BFN     Graves et al. 2023, Bayesian flow networks, arXiv 2308.07037                  (where no other is named)
     Solver  Xue et al. 2024, Unifying Bayesian flow networks and diffusion models ..., arXiv 2404.15766
@@ -40,8 +40,8 @@ T_0 = 1e-5  # sampling starts here, not at 0, where the continuous belief scaled
 # --------------------------------------------------------------------------------------------- the types of data
 # Each has the same methods:
 #   encode(images) -> x             picture(x) -> images         x is the data as messages carry it
-#   beta(t), alpha(t)               the accuracy of all messages up to t together, and its slope
-#   flow(x, eps, t) -> theta        what Bob believes after all messages up to t, if their noise is eps ~ N(0, 1)
+#   beta(t), alpha(t)               the accuracy of all messages up to t together; its slope, accuracy per unit of time
+#   flow(x, eps, t) -> theta        what Bob believes after all messages up to t, with eps ~ N(0, 1) for all their noise
 #   implied_eps(theta, x, t)        the other way round: the eps with which flow makes theta
 #   first_belief(eps)               theta at T_0, before any message to speak of
 #   update(theta, x, eps, t, s)     theta at s, from theta at t and one message about x with noise eps
@@ -59,7 +59,9 @@ class Continuous:
 
     sigma_1 = 0.001
     scale = 1  # of the squared error in the loss: for classes it is K
-    channels, in_channels, out_channels = 1, 1 + 1 + 16, 1  # of x; the network's: mu, a guess, features of mu; v
+    channels = 1               # of x
+    in_channels = 1 + 1 + 16   # of the network: mu, a previous guess, Fourier features of mu
+    out_channels = 1           # v
     unit, nats_per_unit = "bits/dim", 784 * math.log(2)
 
     def encode(self, images):
@@ -114,8 +116,8 @@ class Continuous:
     def times(self, u, spacing="cosine"):
         """Sampling times, from T_0 to 1, for u spread evenly over [0, 1].
 
-        "paper": t = u. But the shape of a digit is settled before t = 0.2, and four fifths of these times are spent on
-        what is finer. "cosine": the noise levels of a diffusion model's cosine schedule at 1 - u. Any
+        "paper": t = u. But the shape of a digit is settled before t = 0.2: four fifths of the paper's times are spent
+        on what is finer. "cosine": the noise levels of a diffusion model's cosine schedule at 1 - u. Any
         times will do: accuracies add up (§4.4), so that one message does what several would.
         """
         if spacing == "cosine":  # 1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t
@@ -126,8 +128,8 @@ class Continuous:
         """Times to train at, for u uniform in [0, 1]: one in four as in the paper, the others at the noise levels at
         which diffusion.py trains.
 
-        They are not reweighted: the mean is no longer the paper's loss, but favours shapes. With the others spread as
-        in `times`, an earlier network had after 1.5 epochs, with the paper's one in two, 1.160 bits/dim and a Frechet
+        They are not reweighted: the mean is no longer the paper's loss, but favours shapes. An earlier network, with
+        times(u) for the others, had after 1.5 epochs with one in two as in the paper 1.160 bits/dim and a Frechet
         distance of 60 (1000 images); with one in four, 1.194 and 35.
         """
         return torch.where(torch.arange(len(u)) % 4 == 0, u, self.times(1 - u ** (2 / 3)))
@@ -204,7 +206,8 @@ class Discrete:
     """Pixels as one of K classes (§6). x and theta are [B, K, 28, 28]: x has a 1 at the class and 0 elsewhere; theta
     is kept as logits z, and the belief is softmax(z)."""
 
-    # As in the paper's released configuration. After 1.5 epochs: 86.5 +- 0.3 nats, and 86.1 +- 0.3 with beta_1 = 3.
+    # As in the paper's released configuration. With 3 there was no difference to be seen: after 1.5 epochs 86.1 +- 0.3
+    # nats, and 86.5 +- 0.3 with 9.
     beta_1 = 9.0
     unit, nats_per_unit = "nats/image", 1.0
 
@@ -298,7 +301,7 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 # ------------------------------------------------------------------------------------------------------ the loss
 
 def look_twice(net, data, theta, t, count):
-    """data.output, where the first `count` of the images have a first guess, made from theta too, as the previous one.
+    """data.output with a second look for the first `count` images: the network sees theta, then theta and its guess.
 
     This is self-conditioning (SC), as in diffusion.py: in training a quarter of the images get a second look, with no
     gradient through the first; sampler and bound always look twice. Returns an output, as data.output does.
@@ -314,9 +317,9 @@ def loss_per_image(net, data, x, t, count):
     """What Alice's messages cost in nats, [B], as seen at one time t: the mean over t uniform in [0, 1] is the cost of
     all of them. x: as data.encode gives it; t: [B]; count: as in look_twice.
 
-    Bob expects a message about his guess, and Alice sends one about x. To code hers costs the divergence of the two,
-    which for weak messages is accuracy / 2 ||x - guess||^2 (times K for classes). With infinitely many messages, those
-    from t to t + dt have the accuracy alpha(t) dt:
+    Bob expects a message about his guess, and Alice sends one about x. To code hers as if it were his costs the KL
+    divergence of the two, for weak messages accuracy / 2 ||x - guess||^2 nats (times K for classes). With infinitely
+    many messages, those from t to t + dt have the accuracy alpha(t) dt:
 
     L_inf = E_t  scale / 2  alpha(t) ||x - guess(theta, t)||^2
 
@@ -333,7 +336,8 @@ def loss_per_image(net, data, x, t, count):
 
 
 def loss(net, data, images):
-    """The training loss of a batch of images, float [B, 1, 28, 28] in [-1, 1]: a scalar."""
+    """The training loss of a batch of images, float [B, 1, 28, 28] in [-1, 1]: a scalar, in nats per pixel, at
+    data.training_times and so not the bound."""
     t = data.training_times(common.stratified(len(images))).to(images.device)
     return loss_per_image(net, data, data.encode(images), t, len(images) // 4).mean() / 784
 
@@ -349,7 +353,8 @@ def guided_output(net, guide, data, theta, t):
 
 
 def bayesian_flow(net, guide, data, eps, times, deterministic=False):
-    """From no belief at all to images: yields (t, theta, output) for each of times, increasing, float64 [steps + 1].
+    """From no belief at all to an image: yields (t, theta, output) at each of `times`, from T_0 up to 1, float64
+    [steps + 1]. The last output, at t = 1, is a look more than there are steps.
 
     eps, [N, C, 28, 28] ~ N(0, 1), is the noise in the first belief, of accuracy next to nothing. On each step from t
     to s the network guesses x, and then, either
@@ -387,8 +392,9 @@ def generate(net, guide, data, n, steps, sampler, **spacing):
 # ------------------------------------------------------------------------------------------------ the likelihood
 
 def bound(net, data, images):
-    """An upper bound on the code length of each image in data.unit, as its two terms, [B, 2]: loss plus reconstruction.
-    An unbiased estimate, from one t for each image; images are as in `loss`."""
+    """An upper bound on the code length of each image in data.unit, as its two terms, [B, 2]: what the messages cost,
+    and then the image, given what Bob believes at the end. Without the guide; an unbiased estimate, from one t for each
+    image, uniform in [0, 1]. Images are as in `loss`."""
     x = data.encode(images)
     messages = loss_per_image(net, data, x, common.stratified(len(x)).to(x.device), len(x))
     t = torch.ones(len(x), device=x.device)

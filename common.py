@@ -299,7 +299,8 @@ def fourier_features(x, sigma):
     the damping is ours: under noise of deviation sigma a wave of frequency f keeps exp(-(2 pi f sigma)^2 / 2) of itself
     on average, and scaled by that, waves that are nothing but noise vanish.
 
-    x: float [B, 1, 28, 28], an unbiased noisy view of the image; sigma: float [B], its noise. Returns [B, 16, 28, 28].
+    x: float [B, 1, 28, 28], an unbiased noisy view of the image; sigma: [B] or [B, 1, 1, 1], its noise's
+    deviation. Returns [B, 16, 28, 28].
     """
     omega = 2 * math.pi * 127.5 / 2 ** torch.arange(8, device=x.device).view(1, -1, 1, 1)
     damping = torch.exp(-0.5 * (omega * sigma.view(-1, 1, 1, 1)) ** 2)
@@ -710,8 +711,8 @@ def randn_like(x):
 
 
 def stratified(B):
-    """B numbers, uniform in [0, 1], one in each B-th part: means over them have less noise (much as Kingma et al. 2021,
-    app. I.1). They are in random order, so that each on its own is uniform, whichever image it goes to."""
+    """B numbers, uniform in [0, 1], one in each of B equal parts of it: means over them have less noise (much as Kingma
+    et al. 2021, app. I.1). They are in random order, so that each is uniform, whichever image it goes to."""
     return (torch.randperm(B) + torch.rand(B)) / B
 
 
@@ -745,7 +746,7 @@ def discretised_normal_nats(x, mean, sigma):
     """-ln of the share of N(mean, sigma^2) in the bin of each x, one of the 256 grey values in [-1, 1] (DDPM eq. 13).
 
     A bin reaches half-way to the next value, the first and the last one to infinity. All tensors of one shape, or
-    sigma a number. Differences of the distribution function are taken in its logarithm and its smaller tail, and
+    sigma one number. Differences of the distribution function are taken in its logarithm and its smaller tail, and
     1000 deviations count as infinitely far (which caps the cost at some 500,000 nats): nothing under- or overflows,
     gradients included. Computed on the CPU, since not every GPU has log_ndtr.
     """
@@ -1035,10 +1036,9 @@ class Method(NamedTuple):
 
 
 def sampler_for(steps, method):
-    """The paper's sampler where there are steps enough for it, the deterministic one for fewer.
-
-    In 20 steps 2000 digits had Frechet distances of 9.3 and 14.9 (deterministic) with DDPM, 12.9 and 13.1 with BFN; in
-    10 steps 24 and 29 with DDPM, but 31 and 25 with BFN, and 58 and 33 with 1000 digits of discrete data.
+    """The paper's sampler where there are steps enough for it, the deterministic one for fewer: DDPM would not need it,
+    but BFN does. In 20 steps 2000 digits had Frechet distances of 9.3 and 14.9 (deterministic) with DDPM, 12.9 and 13.1
+    with BFN; in 10 steps 24 and 29 with DDPM, 31 and 25 with BFN, and 58 and 33 with 1000 digits of discrete data.
     """
     return method.samplers[0 if steps >= FEW_STEPS else 1]
 
@@ -1230,7 +1230,7 @@ def draw_comparison(args, runs, methods):
     traces = {name: trace(method, 9, steps, sampler_for(steps, method), args.seed) for name, method in methods.items()}
     panels = [(f"{runs[name].title}, {sampler_for(steps, methods[name])}", guesses[-1]) for name, (_, _, guesses)
               in traces.items()]
-    save_side_by_side(folder / "samples.png", panels, f"DDPM and BFN {subject}: {steps} steps from the same noise")
+    save_side_by_side(folder / "samples.png", panels, f"DDPM and BFN {subject}: {steps} steps from one seed")
     two = ["diffusion", next(name for name in runs if name != "diffusion")]
     chosen = spread(10, steps + 1)
     rows = []
@@ -1238,9 +1238,9 @@ def draw_comparison(args, runs, methods):
         _, states, guesses = traces[name]
         rows += [(f"{runs[name].title}: {runs[name].state_name}", states[chosen, 0]), ("guess", guesses[chosen, 0])]
     save_steps(folder / "steps.png", rows, [f"step {i}" for i in chosen],
-               f"DDPM and BFN {subject}: one digit, from the same noise")
+               f"DDPM and BFN {subject}: one digit, from one seed")
     save_gif(folder / "process.gif", [(runs[name].title, traces[name][1][spread(50, steps + 1)]) for name in two],
-             f"From the same noise, {subject}")
+             f"From one seed, {subject}")
     save_comparison_curves(folder / "curves.png", metrics, f"DDPM and BFN {subject}, same network")
     write(folder / "table.md", lambda path: path.write_text(table(runs), encoding="utf-8"))
     print(f"comparison of {', '.join(runs)} -> {folder}")

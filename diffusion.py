@@ -7,8 +7,8 @@
     python diffusion.py                       (`python diffusion.py --help` lists the flags)
 
 Noise is added to an image x_0 in T steps, x_1, ..., x_T, until nothing of it is left. A network learns to take such a
-step back; from pure noise, T steps back make a new image. This file is all of it, in this order: the noise schedule,
-the loss, the sampler, the likelihood bound, the training loop. Equation numbers are those of
+step back; from pure noise, T steps back make a new image. This file is all of it but the network, in this order: the
+noise schedule, the loss, the sampler, the likelihood bound, the training loop. Equation numbers are those of
 
     DDPM   Ho et al. 2020, Denoising diffusion probabilistic models, arXiv 2006.11239
     iDDPM  Nichol & Dhariwal 2021, Improved denoising diffusion probabilistic models, arXiv 2102.09672
@@ -79,14 +79,13 @@ def predict_x_0(net, x_t, t, previous):
 
 
 def look_twice(net, x_t, t, count):
-    """predict_x_0, where the first `count` of the images have a first guess, made from x_t too, as the previous one.
+    """predict_x_0 with a second look for the first `count` images: the network sees x_t, and then x_t and its guess.
 
-    This is self-conditioning (SC): a second look, with the same weights. In training some images get one (SC: half, we:
-    a quarter), with no gradient through the first look, so that the network learns to do with and without. Sampler and
-    bound always look twice: a step takes two calls of the network. SC's sampler spares the first look, and takes the
-    guess of the step before. Ours then got caught in its own guesses, which became nines too often: with 4000 digits
-    after 3 epochs, the Frechet distance was 33, looking twice 19, without any of it 22. A classifier was less than 90%
-    sure of 15% of the digits drawn looking twice, and of 18% of those without.
+    This is self-conditioning (SC). In training some images get a second look (SC: half of them, we: a quarter), with no
+    gradient through the first, so that the network learns to do with and without. Sampler and bound always look twice.
+    SC's sampler spares the first look, and takes the guess of the step before. With that, ours got caught in its own
+    guesses, which became nines too often: after 3 epochs the Frechet distance of 4000 digits was 33, looking twice 19,
+    without any of it 22. (All without the guide, for which see `guided_guess`.)
     """
     previous = torch.zeros_like(x_t)
     with torch.no_grad():
@@ -106,8 +105,8 @@ def loss(net, x_0):
     `common.clip` lets through: 1.64 instead of 1.71, with another network. (All with steps drawn evenly.)
 
     Which digit it becomes is settled around t = 0.8; below t = 0.1 only fine shades are. Drawn evenly, as in DDPM, one
-    step in ten would go to these; with t = u^(2/3) for uniform u, one in thirty. That favours shape: after 1.5 epochs,
-    the error of v at t = 0.8 was 0.161 instead of 0.163, and the bound 1.78 instead of 1.64 bits/dim.
+    step in ten would go to these; with t = u^(2/3) for uniform u, one in thirty. That favours shape at the expense of
+    the bound: after 1.5 epochs, the error of v at t = 0.8 was 0.161 instead of 0.163, the bound 1.78 instead of 1.64.
     """
     i = 1 + (common.stratified(len(x_0)) ** (2 / 3) * T).long().clamp(max=T - 1)
     t = (i / T).to(x_0.device)
@@ -120,8 +119,8 @@ def loss(net, x_0):
 
 def guided_guess(net, guide, x_t, t):
     """The guess of x_0, [B, 1, 28, 28], with which the sampler goes on: that of two looks, led away from the first look
-    of a worse network, the guide (`common.guidance`), and clipped. After 20 epochs, a classifier was less than 90% sure
-    of 6.5% of 2000 digits, without the guide of 9.9%."""
+    of a worse network, the guide (`common.guidance`), and clipped. A step so takes three calls of a network. After 20
+    epochs, a classifier was less than 90% sure of 6.5% of 2000 digits, without the guide of 9.9%."""
     guess = look_twice(net, x_t, t, len(x_t))
     worse = predict_x_0(guide, x_t, t, torch.zeros_like(x_t))
     return common.clip(guess + common.guidance(guess, worse))
@@ -129,12 +128,12 @@ def guided_guess(net, guide, x_t, t):
 
 def reverse_process(net, guide, x_T, steps, eta=0.0):
     """From noise x_T ~ N(0, I) to images, both [N, 1, 28, 28]: yields (t, x_t, guess of x_0) before each step, and
-    last (0.0, x_0, x_0). From t to s < t, with the guess for x_0, and the eps that makes x_t of it by eq. 4:
+    last (0.0, x_0, x_0). From t to s < t, with the guess for x_0, and the eps with which eq. 4 makes x_t of it:
 
     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z, z ~ N(0, I)           DDIM eq. 12
     sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s)              DDIM eq. 16
 
-    eta = 1 over all T steps is DDPM's algorithm 2 with the guess clipped, and the variance beta_tilde of its eq. 7;
+    eta = 1 over all T steps is DDPM's algorithm 2, with this guess, and the variance beta_tilde of its eq. 7;
     eta = 0 adds no noise on the way (DDIM). `steps` may be any number: t need not be a multiple of 1 / T.
     """
     x_t = x_T
@@ -186,9 +185,10 @@ def bound(net, x_0):
     L = L_T + sum_{t=2..T} L_{t-1} + L_0                                                                 DDPM eq. 5
 
     prior: what x_T still tells of x_0; diffusion: the steps back; decoder: the last step, from x_1 to grey values.
-    It is that of the ancestral sampler over all T steps. Both looks are at x_t alone, as DDPM's chain demands.
-    An unbiased estimate, from one step i for each image. It is drawn with probability p(i) proportional to 1 / i, since
-    the terms fall about so: drawing the large ones more often makes the estimate less noisy.
+    It is that of the ancestral sampler over all T steps, without the guide. Both looks are at x_t alone, since
+    p(x_{t-1} | x_t) must not depend on anything else. The sum over t is estimated, without bias, from one step i for
+    each image, drawn with probability p(i) proportional to 1 / i: the terms fall roughly like that, and to draw the
+    large ones more often makes the estimate less noisy.
     """
     p = 1 / torch.arange(2, T + 1, dtype=torch.float64)
     p = p / p.sum()
