@@ -175,6 +175,9 @@ def test_sampler_is_led_away_from_the_guide(monkeypatch):
     data.output = lambda net, x, t, previous: torch.full_like(x, net)
     assert torch.allclose(bfn.guided_output(-1.1, -4.0, data, x, t), torch.tensor(-1.0))
     assert torch.allclose(bfn.guided_output(0.4, 0.2, data, x, t), torch.tensor(0.5))
+    data = bfn.Discrete()
+    data.output = lambda net, z, t, previous: torch.full_like(z, net)
+    assert torch.allclose(bfn.guided_output(4.0, 2.0, data, x, t), torch.tensor(5.0))  # logits
 
 
 def ideal_diffusion(monkeypatch, images):
