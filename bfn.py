@@ -154,9 +154,15 @@ class Continuous:
         """
         return mu - self.shares(t)[1].sqrt() * self.predict(net, mu, t, previous)
 
-    def guided(self, output, worse):
+    def guidance_weight(self, t):
+        """How far the guide leads at time t, [B], which is the same for all; 1 is not at all. It leads between t =
+        0.004 and 0.05."""
+        gamma, rest = self.shares(t[:1])
+        return common.guidance_weight((rest / gamma).sqrt())  # noise over image in mu
+
+    def guided(self, output, worse, w):
         guess, worse = self.guess(output), self.guess(worse)  # clipped: beyond -1 and 1 there is nothing to lead to
-        return guess + common.guidance(guess, worse)
+        return guess + common.guidance(guess, worse, w)
 
     def guess(self, output):
         return common.clip(output)
@@ -185,10 +191,10 @@ class Discretized(Continuous):
         noise = self.shares(t)[1].sqrt()
         return mu - noise * v, noise * log_sigma.clamp(-5, 5).exp()
 
-    def guided(self, output, worse):
+    def guided(self, output, worse, w):
         """The mean is; the deviation stays."""
         (mean, sigma), (worse_mean, _) = output, worse
-        return mean + common.guidance(common.clip(mean), common.clip(worse_mean)), sigma
+        return mean + common.guidance(common.clip(mean), common.clip(worse_mean), w), sigma
 
     def guess(self, output):
         return common.expected_grey(*output)
@@ -280,9 +286,14 @@ class Discrete:
         others say. (The paper's network gives the whole of it, §6.2.)"""
         return z + net(torch.cat([2 * z.softmax(1) - 1, previous], dim=1), t)
 
-    def guided(self, output, worse):
+    def guidance_weight(self, t):
+        """As in Continuous, but 3/2 at all times: here, more in the middle and none elsewhere made the digits no
+        clearer, and their Frechet distance larger (2000 digits: 12.3 instead of 8.1)."""
+        return 1.5
+
+    def guided(self, output, worse, w):
         """In logits: the probabilities, to the power of w, over the worse ones', to the power of w - 1."""
-        return output + common.guidance(output, worse)
+        return output + common.guidance(output, worse, w)
 
     def guess(self, output):
         return output.softmax(1)
@@ -350,13 +361,16 @@ def guided_output(net, guide, data, theta, t):
     """The output distribution with which the sampler goes on: that of two looks, led away from the first look of a
     worse network. The worse one, the guide, is the same network as it was after the first epoch.
 
-    output + 1/2 (output - worse)              AG, with w = 3/2: `common.guidance`, and `guided` of each type of data
+    output + (w - 1) (output - worse)    AG: `common.guidance`, and `guidance_weight` and `guided` of each type of data
 
     With discrete data, a classifier was less than 90% sure of 6.8% of 2000 digits, without the guide of 12.7%; and
     their Frechet distance was 8.1 instead of 17.1.
     """
     output = look_twice(net, data, theta, t, len(theta))
-    return data.guided(output, data.output(guide, theta, t, torch.zeros_like(theta)))
+    w = data.guidance_weight(t)
+    if w == 1:
+        return output
+    return data.guided(output, data.output(guide, theta, t, torch.zeros_like(theta)), w)
 
 
 def bayesian_flow(net, guide, data, eps, times, deterministic=False):

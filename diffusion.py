@@ -119,17 +119,21 @@ def loss(net, x_0):
 # --------------------------------------------------------------------------------------------------- the sampler
 
 def guided_guess(net, guide, x_t, t):
-    """The guess of x_0, [B, 1, 28, 28], with which the sampler goes on: that of two looks, led away from the first look
-    of a worse network, and clipped. The worse one, the guide, is the same network as it was after the first epoch.
+    """The guess of x_0, [B, 1, 28, 28], with which the sampler goes on at time t, a number: that of two looks, and
+    between t = 0.50 and 0.84 led away from the first look of a worse network, and clipped. The worse one, the guide, is
+    the same network as it was after the first epoch.
 
-    guess + 1/2 (guess - worse)                                                     AG, with w = 3/2: `common.guidance`
+    guess + (w - 1) (guess - worse)                                   AG: `common.guidance`, `common.guidance_weight`
 
-    A step so takes three calls of a network. After 20 epochs, a classifier was less than 90% sure of 6.5% of 2000
-    digits, without the guide of 9.9%.
+    After 20 epochs, a classifier was less than 90% sure of 4.7% of 2000 digits, without the guide of 9.9%.
     """
-    guess = look_twice(net, x_t, t, len(x_t))
-    worse = predict_x_0(guide, x_t, t, torch.zeros_like(x_t))
-    return common.clip(guess + common.guidance(guess, worse))
+    times = torch.full((len(x_t),), t, device=x_t.device)
+    guess = look_twice(net, x_t, times, len(x_t))
+    w = common.guidance_weight(math.tan(math.pi / 2 * t))  # noise over signal
+    if w == 1:
+        return guess
+    worse = predict_x_0(guide, x_t, times, torch.zeros_like(x_t))
+    return common.clip(guess + common.guidance(guess, worse, w))
 
 
 def reverse_process(net, guide, x_T, steps, eta=0.0):
@@ -146,7 +150,7 @@ def reverse_process(net, guide, x_T, steps, eta=0.0):
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     levels = list(zip(times.tolist(), *[a.tolist() for a in signal_and_noise(times)]))
     for (t, signal_t, noise_t), (_, signal_s, noise_s) in zip(levels[:-1], levels[1:]):
-        guess = guided_guess(net, guide, x_t, torch.full((len(x_t),), t, device=x_t.device))
+        guess = guided_guess(net, guide, x_t, t)
         yield t, x_t, guess
         eps = (x_t - signal_t * guess) / noise_t
         # 1 - alpha_bar_t / alpha_bar_s = (noise_t^2 - noise_s^2) / signal_s^2

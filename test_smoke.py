@@ -160,24 +160,30 @@ def test_second_look_sees_the_first_for_some_images(name, monkeypatch):
 
 
 def test_sampler_is_led_away_from_the_guide(monkeypatch):
-    """With networks that guess a constant: 1.5 times the one less 0.5 times the other, clipped."""
-    x, t = torch.zeros(2, 1, 3, 3), torch.full((2,), 0.5)
+    """With networks that guess a constant: w times the one less w - 1 times the other, clipped."""
+    x = torch.zeros(2, 1, 3, 3)
     monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t, previous: torch.full_like(x, net))
-    assert torch.allclose(diffusion.guided_guess(0.4, 0.2, x, t), torch.tensor(0.5))
-    assert torch.allclose(diffusion.guided_guess(0.4, -0.9, x, t), torch.tensor(1.0))
+    assert torch.allclose(diffusion.guided_guess(0.4, 0.2, x, 0.7), torch.tensor(0.7))  # w = 2.5
+    assert torch.allclose(diffusion.guided_guess(0.4, -0.9, x, 0.7), torch.tensor(1.0))
+    for t in (1.0, 0.85, 0.49, 0.001):
+        assert torch.allclose(diffusion.guided_guess(0.4, 0.2, x, t), torch.tensor(0.4))
+    t = torch.full((2,), math.log(1 - 0.2) / (2 * math.log(0.001)))  # gamma = 0.2: noise twice the image
     data = bfn.Discretized()
     data.output = lambda net, x, t, previous: (torch.full_like(x, net), torch.full_like(x, net ** 2))
     mean, deviation = bfn.guided_output(0.4, 0.2, data, x, t)
-    assert torch.allclose(mean, torch.tensor(0.5)) and torch.allclose(deviation, torch.tensor(0.16))
+    assert torch.allclose(mean, torch.tensor(0.7)) and torch.allclose(deviation, torch.tensor(0.16))
     mean, _ = bfn.guided_output(-1.1, -4.0, data, x, t)  # both say black
     assert torch.allclose(mean, torch.tensor(-1.1))
     data = bfn.Continuous()
     data.output = lambda net, x, t, previous: torch.full_like(x, net)
     assert torch.allclose(bfn.guided_output(-1.1, -4.0, data, x, t), torch.tensor(-1.0))
-    assert torch.allclose(bfn.guided_output(0.4, 0.2, data, x, t), torch.tensor(0.5))
+    assert torch.allclose(bfn.guided_output(0.4, 0.2, data, x, t), torch.tensor(0.7))
+    for gamma in (0.001, 0.05, 0.51, 0.999):
+        t = torch.full((2,), math.log(1 - gamma) / (2 * math.log(0.001)))
+        assert torch.allclose(bfn.guided_output(0.4, 0.2, data, x, t), torch.tensor(0.4))
     data = bfn.Discrete()
     data.output = lambda net, z, t, previous: torch.full_like(z, net)
-    assert torch.allclose(bfn.guided_output(4.0, 2.0, data, x, t), torch.tensor(5.0))  # logits
+    assert torch.allclose(bfn.guided_output(4.0, 2.0, data, x, t), torch.tensor(5.0))  # logits, w = 1.5
 
 
 def ideal_diffusion(monkeypatch, images):
