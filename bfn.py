@@ -135,6 +135,10 @@ class Continuous:
         """
         return torch.where(torch.arange(len(u)) % 4 == 0, u, self.times(1 - u ** (2 / 3)))
 
+    def training_error(self, x, output):
+        """What training makes small at each time, [B]: the squared error, the paper's."""
+        return squared_error(self, x, output)
+
     def predict(self, net, mu, t, previous):
         """What the network says of mu, [B, out_channels, 28, 28].
 
@@ -281,6 +285,12 @@ class Discrete:
         """Times to train at, for u uniform in [0, 1]: the paper's."""
         return u
 
+    def training_error(self, x, output):
+        """What training makes small at each time, [B]: the cross-entropy in place of the paper's squared error. Both
+        are smallest for the same guess, the true probabilities; but the squared error of a softmax has next to no
+        gradient where a guess is sure and wrong. After 1.5 epochs the bound was 86.1 instead of 87.1 nats."""
+        return self.cost(x, output)
+
     def output(self, net, z, t, previous):
         """Logits of the output distribution. z is what a pixel's own messages say of it; the network adds what all the
         others say. (The paper's network gives the whole of it, §6.2.)"""
@@ -326,7 +336,12 @@ def look_twice(net, data, theta, t, count):
     return data.output(net, theta, t, previous)
 
 
-def loss_per_image(net, data, x, t, count):
+def squared_error(data, x, output):
+    """||x - guess||^2 of each image, [B]."""
+    return (x - data.guess(output)).square().flatten(1).sum(1)
+
+
+def loss_per_image(net, data, x, t, count, training=False):
     """What Alice's messages cost in nats, [B], as seen at one time t: the mean over t uniform in [0, 1] is the cost of
     all of them. x: as data.encode gives it; t: [B]; count: as in look_twice.
 
@@ -341,18 +356,21 @@ def loss_per_image(net, data, x, t, count):
 
     As alpha (1 - gamma) = -2 ln(sigma_1) at all t, the loss of continuous data is -ln(sigma_1) ||v - v_net||^2, as long
     as no guess is clipped: a diffusion model's but for a constant factor, and for the times at which they look.
+
+    In training, data.training_error stands for the squared error.
     """
     t = t.clamp(min=T_0)
     theta = data.flow(x, common.randn_like(x), t)
-    guess = data.guess(look_twice(net, data, theta, t, count))
-    return data.scale / 2 * data.alpha(t) * (x - guess).square().flatten(1).sum(1)
+    output = look_twice(net, data, theta, t, count)
+    error = data.training_error(x, output) if training else squared_error(data, x, output)
+    return data.scale / 2 * data.alpha(t) * error
 
 
 def loss(net, data, images):
-    """The training loss of a batch of images, float [B, 1, 28, 28] in [-1, 1]: a scalar, in nats per pixel, at
-    data.training_times and so not the bound."""
+    """The training loss of a batch of images, float [B, 1, 28, 28] in [-1, 1]: a scalar, per pixel. It is not the bound,
+    because of data.training_times and data.training_error."""
     t = data.training_times(common.stratified(len(images))).to(images.device)
-    return loss_per_image(net, data, data.encode(images), t, len(images) // 4).mean() / 784
+    return loss_per_image(net, data, data.encode(images), t, len(images) // 4, training=True).mean() / 784
 
 
 # --------------------------------------------------------------------------------------------------- the sampler
