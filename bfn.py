@@ -49,17 +49,19 @@ T_0 = 1e-5  # sampling starts here, not at 0, where the continuous belief scaled
 #   belief(theta) -> x              the mean of what Bob believes, for pictures
 #   output(net, theta, t, previous) the output distribution, given a previous guess of x, or zeros where there is none:
 #                                   x_hat, or mean and deviation, or logits
-#   guided(output, worse)           an output, led away from that of a worse network (common.guidance)
+#   guidance_weight(t)              how far the sampler is led away from the output of a worse network, 1 for not at all
+#   guided(output, worse, w)        an output, led so far away from the worse one (common.guidance)
 #   guess(output), draw(output)     its mean, within the range of x; a draw from it
 #   cost(x, output)                 -ln p(x | theta), the nats that x costs at the end
 #   times(u), training_times(u)     times to sample and to train at, for u in [0, 1]
+#   training_error(x, output)       what training makes small at each time
 
 class Continuous:
     """Grey pixels as real numbers in [-1, 1] (§4). theta is mu, [B, 1, 28, 28]: Bob believes in N(mu, 1 / rho), where
     rho = 1 + beta(t) is known from t. At t = 1 its deviation is sigma_1 = 0.001, and grey values are 0.0078 apart."""
 
     sigma_1 = 0.001
-    scale = 1  # of the squared error in the loss: for classes it is K
+    scale = 1  # of the error in the loss: for classes it is K
     channels = 1               # of x
     in_channels = 1 + 1 + 16   # of the network: mu, a previous guess, Fourier features of mu
     out_channels = 1           # v
@@ -159,8 +161,8 @@ class Continuous:
         return mu - self.shares(t)[1].sqrt() * self.predict(net, mu, t, previous)
 
     def guidance_weight(self, t):
-        """How far the guide leads at time t, [B], which is the same for all; 1 is not at all. It leads between t =
-        0.004 and 0.05."""
+        """w at time t, [B], all alike: a number. The guide leads between t = 0.004 and 0.05, at the noise levels that
+        diffusion.py has between t = 0.50 and 0.84."""
         gamma, rest = self.shares(t[:1])
         return common.guidance_weight((rest / gamma).sqrt())  # noise over image in mu
 
@@ -196,7 +198,7 @@ class Discretized(Continuous):
         return mu - noise * v, noise * log_sigma.clamp(-5, 5).exp()
 
     def guided(self, output, worse, w):
-        """The mean is; the deviation stays."""
+        """Only the mean is led; the deviation stays as it is."""
         (mean, sigma), (worse_mean, _) = output, worse
         return mean + common.guidance(common.clip(mean), common.clip(worse_mean), w), sigma
 
@@ -217,8 +219,8 @@ class Discrete:
     """Pixels as one of K classes (§6). x and theta are [B, K, 28, 28]: x has a 1 at the class and 0 elsewhere; theta
     is kept as logits z, and the belief is softmax(z)."""
 
-    # As in the paper's released configuration. With 3 there was no difference to be seen: after 1.5 epochs 86.1 +- 0.3
-    # nats, and 86.5 +- 0.3 with 9.
+    # As in the paper's released configuration. With 3 there was no difference to be seen: after 1.5 epochs, an earlier
+    # network had 86.1 +- 0.3 nats, and 86.5 +- 0.3 with 9.
     beta_1 = 9.0
     unit, nats_per_unit = "nats/image", 1.0
 
@@ -298,11 +300,11 @@ class Discrete:
 
     def guidance_weight(self, t):
         """As in Continuous, but 3/2 at all times: here, more in the middle and none elsewhere made the digits no
-        clearer, and their Frechet distance larger (2000 digits: 12.3 instead of 8.1)."""
+        clearer, and the Frechet distance of 2000 of them 12.3 instead of 8.1."""
         return 1.5
 
     def guided(self, output, worse, w):
-        """In logits: the probabilities, to the power of w, over the worse ones', to the power of w - 1."""
+        """In logits; the probabilities become p^w / worse^(w - 1), normalised."""
         return output + common.guidance(output, worse, w)
 
     def guess(self, output):
@@ -376,10 +378,11 @@ def loss(net, data, images):
 # --------------------------------------------------------------------------------------------------- the sampler
 
 def guided_output(net, guide, data, theta, t):
-    """The output distribution with which the sampler goes on: that of two looks, led away from the first look of a
-    worse network. The worse one, the guide, is the same network as it was after the first epoch.
+    """The output distribution with which the sampler goes on: that of two looks, and, where data.guidance_weight says
+    so, led away from the first look of a worse network. The worse one, the guide, is the same network as it was after
+    the first epoch.
 
-    output + (w - 1) (output - worse)    AG: `common.guidance`, and `guidance_weight` and `guided` of each type of data
+    output + (w - 1) (output - worse)                    AG: `common.guidance`; for w, and how, see the types of data
 
     With discrete data, a classifier was less than 90% sure of 6.8% of 2000 digits, without the guide of 12.7%; and
     their Frechet distance was 8.1 instead of 17.1.
@@ -393,7 +396,7 @@ def guided_output(net, guide, data, theta, t):
 
 def bayesian_flow(net, guide, data, eps, times, deterministic=False):
     """From no belief at all to an image: yields (t, theta, output) at each of `times`, from T_0 up to 1, float64
-    [steps + 1]. The last output, at t = 1, is a look more than there are steps.
+    [steps + 1]. There is one output more than there are steps: the last, at t = 1.
 
     eps, [N, C, 28, 28] ~ N(0, 1), is the noise in the first belief, of accuracy next to nothing. On each step from t
     to s the network guesses x, and then, either

@@ -731,18 +731,22 @@ def guidance(guess, worse, w):
     """(w - 1) (guess - worse): what to add to a guess, to lead it away from that of a worse network; all of one shape.
 
     This is autoguidance (Karras et al. 2024, arXiv 2406.02507), whose guess is w guess + (1 - w) worse. A trained
-    network still expects some of what is no digit, and draws it. A worse one, trained for less long (see `Run`), makes
-    the same mistakes, but larger ones; so the way from its guess to the better one leads on to one better still. Bounds
-    are measured without it (w = 1): guidance is for drawing only, and what is drawn is no longer what the bound is of.
+    network still expects some of what is no digit, and draws it. A worse one, trained for less long (see `Run`) and
+    looking only once, makes the same mistakes, but larger ones; so the way from its guess to the better one leads on
+    to one better still. Bounds are measured without it (w = 1): guidance is for drawing only, and what is drawn is no
+    longer what the bound is of.
     """
     return (w - 1) * (guess - worse)
 
 
 def guidance_weight(noise):
-    """The w of `guidance` for grey images that are mixed with so many times as much noise (ratio of the factors on
-    the two): 5/2 between 1 and 4, where shapes are settled, and 1, which is none, elsewhere. That guidance should keep
-    to such an interval is from Kynkäänniemi et al. 2024, arXiv 2404.07724 (for another kind of guidance). Under more
-    noise, ours drew too many ones; under less, it made no difference."""
+    """The w of `guidance` for grey images: 5/2 where the noise in the mixture of image and noise is one to four times
+    as strong as the image, which is where shapes are settled; 1, which is none, elsewhere. noise: the factor on the
+    noise over that on the image.
+
+    That guidance is best kept to an interval is from Kynkäänniemi et al. 2024, arXiv 2404.07724 (on another kind of
+    it). Under more noise, ours led to too many ones; under less, to the same digits.
+    """
     return 2.5 if 1 < noise < 4 else 1.0
 
 
