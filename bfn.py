@@ -290,7 +290,8 @@ class Discrete:
     def training_error(self, x, output):
         """What training makes small at each time, [B]: the cross-entropy in place of the paper's squared error. Both
         are smallest for the same guess, the true probabilities; but the squared error of a softmax has next to no
-        gradient where a guess is sure and wrong. After 1.5 epochs the bound was 86.1 instead of 87.1 nats."""
+        gradient where a guess is sure and wrong. After 1.5 epochs the bound was 86.1 instead of 87.1 nats, after 20
+        81.6 instead of 81.8, and the Frechet distance 7.3 instead of 8.0."""
         return self.cost(x, output)
 
     def output(self, net, z, t, previous):
@@ -369,8 +370,8 @@ def loss_per_image(net, data, x, t, count, training=False):
 
 
 def loss(net, data, images):
-    """The training loss of a batch of images, float [B, 1, 28, 28] in [-1, 1]: a scalar, per pixel. It is not the bound,
-    because of data.training_times and data.training_error."""
+    """The training loss of a batch of images, float [B, 1, 28, 28] in [-1, 1]: a scalar, per pixel. It is not the
+    bound, because of data.training_times and data.training_error."""
     t = data.training_times(common.stratified(len(images))).to(images.device)
     return loss_per_image(net, data, data.encode(images), t, len(images) // 4, training=True).mean() / 784
 
@@ -385,7 +386,7 @@ def guided_output(net, guide, data, theta, t):
     output + (w - 1) (output - worse)                    AG: `common.guidance`; for w, and how, see the types of data
 
     With discrete data, a classifier was less than 90% sure of 6.8% of 2000 digits, without the guide of 12.7%; and
-    their Frechet distance was 8.1 instead of 17.1.
+    their Frechet distance was 8.1 instead of 17.1 (of a network trained by the squared error).
     """
     output = look_twice(net, data, theta, t, len(theta))
     w = data.guidance_weight(t)
