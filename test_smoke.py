@@ -356,6 +356,21 @@ def test_nothing_breaks_at_the_ends_of_time(kind):
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
+def test_discrete_data_trains_by_cross_entropy():
+    """Guesses of probability q for pixels that are white with p = 0.3: both errors are smallest on average at q = p,
+    and the loss at one time is alpha K / 2 times the cross-entropy."""
+    data, q = bfn.Discrete(), torch.arange(1, 100) / 100
+    output = torch.stack([1 - q, q]).log().T[:, :, None, None]
+    black, white = data.encode(torch.full((99, 1, 1, 1), -1.0)), data.encode(torch.ones(99, 1, 1, 1))
+    for error in (data.training_error, lambda x, output: bfn.squared_error(data, x, output)):
+        assert q[(0.7 * error(black, output) + 0.3 * error(white, output)).argmin()] == pytest.approx(0.3)
+
+    data.training_times = lambda u: torch.full_like(u, 0.5)
+    data.output = lambda net, z, t, previous: output[29].expand(z.shape)
+    expected = data.alpha(0.5) * -math.log(0.3)  # K is 2
+    assert bfn.loss(None, data, torch.ones(8, 1, 28, 28)).item() == pytest.approx(expected, rel=1e-5)
+
+
 def greys():
     return torch.arange(256) / 127.5 - 1
 
