@@ -360,7 +360,7 @@ def loss_per_image(net, data, x, t, count, training=False):
     As alpha (1 - gamma) = -2 ln(sigma_1) at all t, the loss of continuous data is -ln(sigma_1) ||v - v_net||^2, as long
     as no guess is clipped: a diffusion model's but for a constant factor, and for the times at which they look.
 
-    In training, data.training_error stands for the squared error.
+    In training, data.training_error stands in for the squared error, and the result is no longer in nats.
     """
     t = t.clamp(min=T_0)
     theta = data.flow(x, common.randn_like(x), t)
@@ -381,7 +381,8 @@ def loss(net, data, images):
 def guided_output(net, guide, data, theta, t):
     """The output distribution with which the sampler goes on: that of two looks, and, where data.guidance_weight says
     so, led away from the first look of a worse network. The worse one, the guide, is the same network as it was after
-    the first epoch.
+    the first epoch. It makes the same mistakes, but larger ones, so that the way from its output to the better one
+    leads on to one better still.
 
     output + (w - 1) (output - worse)                    AG: `common.guidance`; for w, and how, see the types of data
 

@@ -121,7 +121,8 @@ def loss(net, x_0):
 def guided_guess(net, guide, x_t, t):
     """The guess of x_0, [B, 1, 28, 28], with which the sampler goes on at time t, a number: that of two looks, and
     between t = 0.50 and 0.84 led away from the first look of a worse network, and clipped. The worse one, the guide, is
-    the same network as it was after the first epoch.
+    the same network as it was after the first epoch. It makes the same mistakes, but larger ones, so that the way from
+    its guess to the better one leads on to one better still.
 
     guess + (w - 1) (guess - worse), w = 5/2                          AG: `common.guidance`, `common.guidance_weight`
 
