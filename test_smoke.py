@@ -168,22 +168,21 @@ def test_sampler_is_led_away_from_the_guide(monkeypatch):
     for t in (1.0, 0.85, 0.49, 0.001):
         assert torch.allclose(diffusion.guided_guess(0.4, 0.2, x, t), torch.tensor(0.4))
     t = torch.full((2,), math.log(1 - 0.2) / (2 * math.log(0.001)))  # gamma = 0.2: noise twice the image
-    data = bfn.Discretized()
-    data.output = lambda net, x, t, previous: (torch.full_like(x, net), torch.full_like(x, net ** 2))
-    mean, deviation = bfn.guided_output(0.4, 0.2, data, x, t)
-    assert torch.allclose(mean, torch.tensor(0.7)) and torch.allclose(deviation, torch.tensor(0.16))
-    mean, _ = bfn.guided_output(-1.1, -4.0, data, x, t)  # both say black
-    assert torch.allclose(mean, torch.tensor(-1.1))
-    data = bfn.Continuous()
-    data.output = lambda net, x, t, previous: torch.full_like(x, net)
-    assert torch.allclose(bfn.guided_output(-1.1, -4.0, data, x, t), torch.tensor(-1.0))
-    assert torch.allclose(bfn.guided_output(0.4, 0.2, data, x, t), torch.tensor(0.7))
-    for gamma in (0.001, 0.05, 0.51, 0.999):
-        t = torch.full((2,), math.log(1 - gamma) / (2 * math.log(0.001)))
-        assert torch.allclose(bfn.guided_output(0.4, 0.2, data, x, t), torch.tensor(0.4))
+    for kind, led in (("continuous", 0.7), ("discretized", 0.6)):  # w = 2.5, 2
+        data = bfn.TYPES[kind]()
+        data.output = lambda net, x, t, previous: torch.full_like(x, net)
+        data.guess = common.clip
+        t = torch.full((2,), math.log(1 - 0.2) / (2 * math.log(0.001)))  # gamma = 0.2: noise twice the image
+        assert torch.allclose(bfn.guided_guess(0.4, 0.2, data, x, t), torch.tensor(led))
+        assert torch.allclose(bfn.guided_guess(-1.1, -4.0, data, x, t), torch.tensor(-1.0))  # both say black
+        for gamma in (0.001, 0.05, 0.51, 0.999):
+            t = torch.full((2,), math.log(1 - gamma) / (2 * math.log(0.001)))
+            assert torch.allclose(bfn.guided_guess(0.4, 0.2, data, x, t), torch.tensor(0.4))
     data = bfn.Discrete()
-    data.output = lambda net, z, t, previous: torch.full_like(z, net)
-    assert torch.allclose(bfn.guided_output(4.0, 2.0, data, x, t), torch.tensor(5.0))  # logits, w = 1.5
+    data.output = lambda net, z, t, previous: torch.tensor([net, 0.0]).view(1, 2, 1, 1).expand_as(z)
+    for t, logit in ((0.05, 3.0), (0.5, 4.0), (0.9, 3.0)):  # w = 1, 2, 1
+        guess = bfn.guided_guess(3.0, 2.0, data, torch.zeros(2, 2, 3, 3), torch.full((2,), t))
+        assert torch.allclose(guess[:, 0], torch.tensor(logit).sigmoid())
 
 
 def ideal_diffusion(monkeypatch, images):
@@ -337,8 +336,8 @@ def test_bfn_draws_known_images_equally_often(kind, deterministic, steps):
     data, _, images = ideal(kind, M)
     times = data.times(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
     eps = torch.randn(100, data.channels, 8, 8)
-    *_, (_, _, output) = bfn.bayesian_flow(images, images, data, eps, times, deterministic)
-    assert_even(data.draw(output), images)
+    *_, (_, _, guess) = bfn.bayesian_flow(images, images, data, eps, times, deterministic)
+    assert_even(data.draw(guess), images)
 
 
 @pytest.mark.parametrize("kind", bfn.TYPES)
