@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import common
 
 SAMPLERS = {"Bayesian updates": False, "ODE": True}  # name: deterministic
-T_0 = 1e-5  # sampling starts here, not at 0, where the continuous belief scaled to unit noise would be 0 / 0
+T_0 = 1e-5  # times start here, not at 0, where the continuous belief scaled to unit noise would be 0 / 0
 
 
 # --------------------------------------------------------------------------------------------- the types of data
@@ -51,8 +51,8 @@ T_0 = 1e-5  # sampling starts here, not at 0, where the continuous belief scaled
 #                                   x_hat, or mean and deviation, or logits
 #   guess(output)                   its mean, within the range of x
 #   guidance_weight(t)              how far the sampler is led away from the output of a worse network, 1 for not at all
-#   guided(output, worse, w)        the guess of an output, led so far away from that of a worse one (common.guidance)
-#   draw(guess)                     an image as data, of the last guess
+#   guided(output, worse, w)        the guess of an output, led so far away from a worse output (common.guidance)
+#   draw(guess)                     x itself, of the last guess: for classes a draw, for grey values the guess as it is
 #   cost(x, output)                 -ln p(x | theta), the nats that x costs at the end
 #   times(u), training_times(u)     times to sample and to train at, for u in [0, 1]
 #   training_error(x, output)       what training makes small at each time
@@ -89,8 +89,8 @@ class Continuous:
         return -2 * math.log(self.sigma_1) * self.sigma_1 ** (-2 * t)
 
     def shares(self, t):
-        """gamma(t) = beta / (1 + beta) = 1 - sigma_1^(2t), and 1 - gamma: the shares of the image in mu, and of what
-        Bob believed before; [B, 1, 1, 1] for t of [B]                                                  eq. 80, §4.6"""
+        """gamma(t) = beta / (1 + beta) = 1 - sigma_1^(2t), and 1 - gamma: in mu, the weights of all messages, and of
+        the first belief, whose mean is 0; [B, 1, 1, 1] for t of [B]                                    eq. 80, §4.6"""
         log = 2 * common.column(t) * math.log(self.sigma_1)
         return -torch.expm1(log), torch.exp(log)
 
@@ -133,8 +133,8 @@ class Continuous:
         which diffusion.py trains.
 
         They are not reweighted: the mean is no longer the paper's loss, but favours shapes. An earlier network, with
-        times(u) for the others, had after 1.5 epochs with one in two as in the paper 1.160 bits/dim and a Frechet
-        distance of 60 (1000 images); with one in four, 1.194 and 35.
+        times(u) for the others, came in 1.5 epochs to 1.160 bits/dim and a Frechet distance of 60 (1000 images) with
+        half of the times as in the paper, and to 1.194 and 35 with a quarter.
         """
         return torch.where(torch.arange(len(u)) % 4 == 0, u, self.times(1 - u ** (2 / 3)))
 
@@ -165,14 +165,14 @@ class Continuous:
         return common.clip(output)
 
     def guidance_weight(self, t):
-        """w at time t, [B], all alike: a number. The guide leads between t = 0.004 and 0.05, at the noise levels that
-        diffusion.py has between t = 0.50 and 0.84."""
+        """The number w at time t, [B], all entries equal. The guide leads between t = 0.004 and 0.05, at the noise
+        levels that diffusion.py has between t = 0.50 and 0.84."""
         gamma, rest = self.shares(t[:1])
         return common.guidance_weight((rest / gamma).sqrt())  # noise over image in mu
 
     def guided(self, output, worse, w):
-        guess, worse = self.guess(output), self.guess(worse)
-        return common.clip(guess + common.guidance(guess, worse, w))
+        guess = self.guess(output)
+        return common.clip(guess + common.guidance(guess, self.guess(worse), w))
 
     def draw(self, guess):
         return guess
@@ -185,8 +185,8 @@ class Continuous:
 class Discretized(Continuous):
     """Grey pixels as 256 values in [-1, 1] (§5): as continuous data, but the network gives a normal for each pixel,
     whose mass goes to the nearest grey values, that beyond the lowest or the highest to these two. The bins are those
-    of DDPM's eq. 13, so that all bounds in bits/dim speak of the same 256 values. Mean and deviation are made of the
-    network's output as goes with v (the paper, §5.1, has those that go with eps)."""
+    of DDPM (arXiv 2006.11239, eq. 13), so that all bounds in bits/dim speak of the same 256 values. The mean is made of
+    v as in Continuous, and the deviation is scaled to match (§5.1 has both for a network that gives eps)."""
 
     out_channels = 2
 
@@ -213,8 +213,8 @@ class Discrete:
     """Pixels as one of K classes (§6). x and theta are [B, K, 28, 28]: x has a 1 at the class and 0 elsewhere; theta
     is kept as logits z, and the belief is softmax(z)."""
 
-    # As in the paper's released configuration. With 3 there was no difference to be seen: after 1.5 epochs, an earlier
-    # network had 86.1 +- 0.3 nats, and 86.5 +- 0.3 with 9.
+    # As in the paper's released configuration; its text has 3. There was no difference to be seen: after 1.5 epochs, an
+    # earlier network had 86.1 +- 0.3 nats with 3, and 86.5 +- 0.3 with 9.
     beta_1 = 9.0
     unit, nats_per_unit = "nats/image", 1.0
 
@@ -285,7 +285,7 @@ class Discrete:
         """What training makes small at each time, [B]: the cross-entropy in place of the paper's squared error. Both
         are smallest for the same guess, the true probabilities; but the squared error of a softmax has next to no
         gradient where a guess is sure and wrong. After 1.5 epochs the bound was 86.1 instead of 87.1 nats, after 20
-        81.6 instead of 81.8, and the Frechet distance 7.3 instead of 8.0."""
+        81.6 instead of 81.8."""
         return self.cost(x, output)
 
     def output(self, net, z, t, previous):
@@ -302,7 +302,7 @@ class Discrete:
         return 2.0 if 0.1 < t[0] < 0.8 else 1.0
 
     def guided(self, output, worse, w):
-        """In logits; the probabilities become p^w / worse^(w - 1), normalised."""
+        """Led in logits: the probabilities become p^w / worse^(w - 1), normalised."""
         return self.guess(output + common.guidance(output, worse, w))
 
     def draw(self, guess):
@@ -339,8 +339,8 @@ def squared_error(data, x, output):
 
 
 def loss_per_image(net, data, x, t, count, training=False):
-    """What Alice's messages cost in nats, [B], as seen at one time t: the mean over t uniform in [0, 1] is the cost of
-    all of them. x: as data.encode gives it; t: [B]; count: as in look_twice.
+    """What Alice's messages cost at time t, in nats per unit of time, [B]: the mean over t uniform in [0, 1] is the
+    cost of all of them. x: as data.encode gives it; t: [B]; count: as in look_twice.
 
     Bob expects a message about his guess, and Alice sends one about x. To code hers as if it were his costs the KL
     divergence of the two, for weak messages accuracy / 2 ||x - guess||^2 nats (times K for classes). With infinitely
@@ -378,7 +378,7 @@ def guided_guess(net, guide, data, theta, t):
     epoch. It makes the same mistakes, but larger ones, so that the way from its guess to the better one leads on to one
     better still.
 
-    guess + (w - 1) (guess - worse)                      AG: `common.guidance`; for w, and how, see the types of data
+    guess + (w - 1) (guess - worse), for classes in logits         AG: `common.guidance`; for w, see the types of data
     """
     output = look_twice(net, data, theta, t, len(theta))
     w = data.guidance_weight(t)
@@ -401,8 +401,8 @@ def bayesian_flow(net, guide, data, eps, times, deterministic=False):
 
     For grey values and classes, the paper's message is about a draw from the output distribution (algorithms 6, 9).
     With ever more steps that comes to the same; with few, the draws, each pixel's on its own, add grain that no image
-    has (the updates without them are SDE-BFN-Solver1 in Solver §5). Without the guide, 1000 digits in 50 steps had a
-    Frechet distance of 22.7 with draws and 9.0 without (discretized), 20.6 and 19.8 (discrete).
+    has (for classes, the updates without them are SDE-BFN-Solver1 in Solver §5). Without the guide, 1000 digits in 50
+    steps had a Frechet distance of 22.7 with draws and 9.0 without (discretized), 20.6 and 19.8 (discrete).
     """
     times = times.float().to(eps.device)[:, None].expand(-1, len(eps))
     theta = data.first_belief(eps)
@@ -418,7 +418,7 @@ def bayesian_flow(net, guide, data, eps, times, deterministic=False):
 
 def generate(net, guide, data, n, steps, sampler, **spacing):
     """n new images, over `steps` steps of one of SAMPLERS: yields (t, belief, guess) as images [n, 1, 28, 28] in
-    [-1, 1] before each step; the last guess is the image. spacing="paper" is for data.times."""
+    [-1, 1] before each step, and last the image in place of a guess. spacing="paper" is for data.times."""
     device = next(net.parameters()).device
     eps = torch.randn(n, data.channels, 28, 28).to(device)
     times = data.times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), **spacing)

@@ -1043,12 +1043,12 @@ class Method(NamedTuple):
     generate: Callable  # (n, steps, sampler) -> (t, state, guess) for each step, [n, 1, 28, 28] in [-1, 1]; see `draw`
     bound: Callable     # images [B, 1, 28, 28] in [-1, 1] -> [B, parts], their sum is the bound on each code length
     parts: list         # names of the parts
-    samplers: list      # names of the paper's stochastic sampler, and of the deterministic one
+    samplers: list      # names of the stochastic sampler, and of the deterministic one
     real: Callable = lambda images: images  # uint8 images -> uint8, as the model has them
 
 
 def sampler_for(steps, method):
-    """The paper's sampler where there are steps enough for it, the deterministic one for fewer: DDPM would not need it,
+    """The stochastic sampler where steps are enough for it, the deterministic one for fewer: DDPM would not need it,
     but BFN does. The Frechet distances of 300 digits in 10 steps were 36 and 29 (deterministic) with BFN, 32 and 32
     with DDPM; in 20 steps 26 and 18, 17 and 18. Of 1000 digits of discrete data in 10 steps they were 58 and 33.
     """

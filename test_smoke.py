@@ -341,6 +341,14 @@ def test_bfn_draws_known_images_equally_often(kind, deterministic, steps):
 
 
 @pytest.mark.parametrize("kind", bfn.TYPES)
+def test_sampling_times(kind):
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    even, ours = bfn.TYPES[kind]().times(u, "paper"), bfn.TYPES[kind]().times(u)
+    assert torch.equal(even[1:], u[1:]) and even[0] == ours[0] == bfn.T_0 and ours[-1] == 1
+    assert (ours[1:] > ours[:-1]).all() and (ours[1:-1] < u[1:-1]).all()  # more of the steps early
+
+
+@pytest.mark.parametrize("kind", bfn.TYPES)
 def test_nothing_breaks_at_the_ends_of_time(kind):
     data = bfn.TYPES[kind]()
     net = common.UNet(data.in_channels, data.out_channels)
