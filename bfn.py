@@ -394,10 +394,13 @@ def bayesian_flow(net, guide, data, eps, times, deterministic=False):
     eps, [N, C, 28, 28] ~ N(0, 1), is the noise in the first belief, of accuracy next to nothing. On each step from t
     to s the network guesses x, and then, either
 
-    - Bob makes up a message about his guess: theta_s = update(theta_t, guess, noise) (algorithm 3). Accuracies add up
-      (§4.4, §6.7), so that any times will do;
-    - or theta moves to where it would be at s if the image were the guess and the noise in theta_t the same: the
-      first-order solution of the flow's ODE (BFN-Solver1 in Solver §4 and §5).
+    - Bob makes up a message about x: theta_s = update(theta_t, x, noise) (algorithm 3). Accuracies add up (§4.4, §6.7),
+      so that any times will do;
+    - or theta moves to where it would be at s if the image were x and the noise in theta_t the same: a solution of the
+      flow's ODE (BFN-Solver1 in Solver §4 and §5).
+
+    The guess made at t is behind the times half-way to s. x is what it should be by then: `common.half_a_step_on`.
+    Without the guide, 1000 digits of discrete data in 50 steps then had a Frechet distance of 12.5 instead of 19.8.
 
     For grey values and classes, the paper's message is about a draw from the output distribution (algorithms 6, 9).
     With ever more steps that comes to the same; with few, the draws, each pixel's on its own, add grain that no image
@@ -405,14 +408,15 @@ def bayesian_flow(net, guide, data, eps, times, deterministic=False):
     steps had a Frechet distance of 22.7 with draws and 9.0 without (discretized), 20.6 and 19.8 (discrete).
     """
     times = times.float().to(eps.device)[:, None].expand(-1, len(eps))
-    theta = data.first_belief(eps)
+    theta, last = data.first_belief(eps), None
     for t, s in zip(times[:-1], times[1:]):
         guess = guided_guess(net, guide, data, theta, t)
         yield t[0].item(), theta, guess
+        x, last = common.half_a_step_on(guess, last), guess
         if deterministic:
-            theta = data.flow(guess, data.implied_eps(theta, guess, t), s)
+            theta = data.flow(x, data.implied_eps(theta, x, t), s)
         else:
-            theta = data.update(theta, guess, common.randn_like(eps), t, s)
+            theta = data.update(theta, x, common.randn_like(eps), t, s)
     yield 1.0, theta, guided_guess(net, guide, data, theta, times[-1])
 
 

@@ -676,7 +676,6 @@ class Run:
 # -------------------------------------------------------------------------------------- drawing and measuring it
 
 PREVIEW_STEPS = 50   # for the nine digits after each epoch, and for the Frechet distance
-FEW_STEPS = 20       # with fewer of them, it is the deterministic sampler that draws
 CURVE_STEPS = (10, 20, 50, 100, 250)  # 1000 would take twice as long as all of these
 CURVE_COUNT = 300
 
@@ -748,6 +747,17 @@ def guidance_weight(noise):
     it). Under more noise, ours led to too many ones; under less, to the same digits.
     """
     return 2.5 if 1 < noise < 4 else 1.0
+
+
+def half_a_step_on(guess, last):
+    """guess + (guess - last) / 2: what the guess may be expected to be half-way through the sampler's step, by the
+    straight line from the one before the last step; guess, last: of one shape, and last is None in the first step.
+
+    A sampler goes from t to s as if the image were the same guess all the way. The guess at t is one of the first
+    order, always half a step late; this one makes it the second, and costs no call of the network (a multistep method,
+    Adams & Bashforth's; as in DPM-Solver++(2M), Lu et al. 2022, arXiv 2211.01095).
+    """
+    return guess if last is None else guess + (guess - last) / 2
 
 
 def standard_error(values):
@@ -1043,22 +1053,14 @@ class Method(NamedTuple):
     generate: Callable  # (n, steps, sampler) -> (t, state, guess) for each step, [n, 1, 28, 28] in [-1, 1]; see `draw`
     bound: Callable     # images [B, 1, 28, 28] in [-1, 1] -> [B, parts], their sum is the bound on each code length
     parts: list         # names of the parts
-    samplers: list      # names of the stochastic sampler, and of the deterministic one
+    samplers: list      # names of the stochastic sampler, which draws, and of the deterministic one, for comparison
     real: Callable = lambda images: images  # uint8 images -> uint8, as the model has them
-
-
-def sampler_for(steps, method):
-    """The stochastic sampler where steps are enough for it, the deterministic one for fewer: DDPM would not need it,
-    but BFN does. The Frechet distances of 300 digits in 10 steps were 36 and 29 (deterministic) with BFN, 32 and 32
-    with DDPM; in 20 steps 26 and 18, 17 and 18. Of 1000 digits of discrete data in 10 steps they were 42 and 33.
-    """
-    return method.samplers[0 if steps >= FEW_STEPS else 1]
 
 
 def save_drawn(run, method):
     """--sample N: draw N images with the averaged network, into samples.pt, and nine of them into samples.png."""
     steps = run.args.steps or PREVIEW_STEPS
-    sampler = sampler_for(steps, method)
+    sampler = method.samplers[0]
     start = time.perf_counter()
     with run.ema.averaged():
         images = draw(method, run.args.sample, steps, sampler, run.args.seed, "drawing")
@@ -1154,7 +1156,7 @@ def save_figures(run, method):
     save_training(run.folder / "training.png", {epochs[i]: run.previews[epochs[i]] for i in spread(6, len(epochs))},
                   f"{run.title} on {run.dataset}: the same nine draws as training goes on")
     steps = run.args.steps or 1000
-    sampler = sampler_for(steps, method)
+    sampler = method.samplers[0]
     how = f"{steps} steps, {sampler}"
     times, states, guesses = trace(method, 9, steps, sampler, run.args.seed)
     save_samples(run.folder / "samples.png", guesses[-1], f"{name}: {how}")
@@ -1239,8 +1241,8 @@ def draw_comparison(args, runs, methods):
     epochs = len(runs["diffusion"].history)
     subject = f"on {runs['diffusion'].dataset}, {epochs} epochs each"
     steps = args.steps or PREVIEW_STEPS
-    traces = {name: trace(method, 9, steps, sampler_for(steps, method), args.seed) for name, method in methods.items()}
-    panels = [(f"{runs[name].title}, {sampler_for(steps, methods[name])}", guesses[-1]) for name, (_, _, guesses)
+    traces = {name: trace(method, 9, steps, method.samplers[0], args.seed) for name, method in methods.items()}
+    panels = [(f"{runs[name].title}, {methods[name].samplers[0]}", guesses[-1]) for name, (_, _, guesses)
               in traces.items()]
     save_side_by_side(folder / "samples.png", panels, f"DDPM and BFN {subject}: {steps} steps from one seed")
     two = ["diffusion", next(name for name in runs if name != "diffusion")]

@@ -139,24 +139,27 @@ def guided_guess(net, guide, x_t, t):
 
 def reverse_process(net, guide, x_T, steps, eta=0.0):
     """From noise x_T ~ N(0, I) to images, both [N, 1, 28, 28]: yields (t, x_t, guess of x_0) before each step, and
-    last (0.0, x_0, x_0). From t to s < t, with the guess for x_0, and the eps with which eq. 4 makes x_t of it:
+    last (0.0, x_0, x_0). From t to s < t, with a guess for x_0 (see below), and the eps with which eq. 4 makes x_t of it:
 
     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z, z ~ N(0, I)           DDIM eq. 12
     sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s)              DDIM eq. 16
 
-    eta = 1 over all T steps is DDPM's algorithm 2, with this guess, and the variance beta_tilde of its eq. 7;
+    eta = 1 over all T steps is DDPM's algorithm 2, with this x_0, and the variance beta_tilde of its eq. 7;
     eta = 0 adds no noise on the way (DDIM). `steps` may be any number: t need not be a multiple of 1 / T.
+
+    The guess made at t is behind the times half-way to s. x_0 is what it should be by then: `common.half_a_step_on`.
     """
-    x_t = x_T
+    x_t, last = x_T, None
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     levels = list(zip(times.tolist(), *[a.tolist() for a in signal_and_noise(times)]))
     for (t, signal_t, noise_t), (_, signal_s, noise_s) in zip(levels[:-1], levels[1:]):
         guess = guided_guess(net, guide, x_t, t)
         yield t, x_t, guess
-        eps = (x_t - signal_t * guess) / noise_t
+        x_0, last = common.half_a_step_on(guess, last), guess
+        eps = (x_t - signal_t * x_0) / noise_t
         # 1 - alpha_bar_t / alpha_bar_s = (noise_t^2 - noise_s^2) / signal_s^2
         sigma = eta * noise_s / noise_t * (noise_t ** 2 - noise_s ** 2) ** 0.5 / signal_s
-        x_t = signal_s * guess + max(noise_s ** 2 - sigma ** 2, 0) ** 0.5 * eps
+        x_t = signal_s * x_0 + max(noise_s ** 2 - sigma ** 2, 0) ** 0.5 * eps
         if eta:
             x_t = x_t + sigma * common.randn_like(x_t)
     yield 0.0, x_t, x_t

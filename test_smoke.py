@@ -94,8 +94,9 @@ def test_reverse_step_is_the_posterior_found_on_a_grid(i, monkeypatch):
 
 
 def test_eta_1_over_all_steps_is_ancestral_sampling(monkeypatch):
-    """Against DDPM's own algorithm 2, written with its beta, alpha_bar and beta-tilde."""
+    """Against DDPM's own algorithm 2, written with its beta, alpha_bar and beta-tilde, which takes guesses as they are."""
     monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t, previous: (0.5 * x).clamp(-1, 1))
+    monkeypatch.setattr(common, "half_a_step_on", lambda guess, last: guess)
     x = start = torch.randn(2, 1, 3, 3)
     torch.manual_seed(1)
     *_, (_, drawn, _) = diffusion.reverse_process(None, None, start, diffusion.T, eta=1.0)
@@ -212,6 +213,45 @@ def test_diffusion_draws_known_images_equally_often(steps, eta, monkeypatch):
     ideal_diffusion(monkeypatch, images)
     *_, (_, drawn, _) = diffusion.reverse_process(None, None, torch.randn(100, 1, 8, 8), steps, eta)
     assert_even(drawn, images)
+
+
+def draw_normal_pixel(method, noise, deterministic, monkeypatch):
+    """What a sampler makes of noise in 20 steps, where the data is one pixel x ~ N(0, 1/4) and each guess its mean."""
+    def predict_x_0(net, x_t, t, previous):
+        signal, noise = diffusion.signal_and_noise(common.column(t))
+        return x_t * signal * 0.25 / (0.25 * signal ** 2 + noise ** 2)
+
+    class Pixel(bfn.Continuous):
+        def output(self, net, mu, t, previous):
+            gamma, rest = self.shares(t)
+            return mu * 0.25 / (0.25 * gamma + rest)
+
+        def guess(self, output):  # not clipped
+            return output
+
+    monkeypatch.setattr(common, "guidance_weight", lambda noise: 1.0)
+    if method == "diffusion":
+        monkeypatch.setattr(diffusion, "predict_x_0", predict_x_0)
+        *_, (_, _, x) = diffusion.reverse_process(None, None, noise, 20, 0.0 if deterministic else 1.0)
+    else:
+        times = Pixel().times(torch.linspace(0, 1, 21, dtype=torch.float64))
+        *_, (_, _, x) = bfn.bayesian_flow(None, None, Pixel(), noise, times, deterministic)
+    return x
+
+
+@pytest.mark.parametrize("method", ["diffusion", "bfn"])
+def test_half_a_step_on_makes_few_steps_enough(method, monkeypatch):
+    """The ODE takes 0.9 to 0.45; with fresh noise on the way, noise of deviation 1 becomes data of deviation 0.5."""
+    def errors():
+        x = draw_normal_pixel(method, torch.full((1, 1, 1, 1), 0.9), True, monkeypatch)
+        data = draw_normal_pixel(method, torch.randn(40000, 1, 1, 1), False, monkeypatch)
+        return abs(x.item() - 0.45), abs(data.std().item() - 0.5)
+
+    of_path, of_deviation = errors()
+    assert of_path < 0.005 and of_deviation < 0.02
+    monkeypatch.setattr(common, "half_a_step_on", lambda guess, last: guess)
+    of_path, of_deviation = errors()
+    assert of_path > 0.02 and of_deviation > 0.05
 
 
 # ------------------------------------------------------------------------------------------------------------ BFN
