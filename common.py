@@ -750,12 +750,17 @@ def guidance_weight(noise):
 
 
 def half_a_step_on(guess, last):
-    """guess + (guess - last) / 2: what the guess may be expected to be half-way through the sampler's step, by the
-    straight line from the one before the last step; guess, last: of one shape, and last is None in the first step.
+    """guess + (guess - last) / 2: the guess in the middle of a sampler's step, extrapolated from the guesses at the
+    beginning of this step and of the one before (last; None in the first step), both of one shape.
 
-    A sampler goes from t to s as if the image were the same guess all the way. The guess at t is one of the first
-    order, always half a step late; this one makes it the second, and costs no call of the network (a multistep method,
-    Adams & Bashforth's; as in DPM-Solver++(2M), Lu et al. 2022, arXiv 2211.01095).
+    A sampler takes a step as if one guess held all the way. With that of the beginning, its error falls like one over
+    the number of steps; with that of the middle, like one over its square (of the images' distribution, where fresh
+    noise comes in; and but for the places where `guidance` sets in or ends). It costs no call of the network. The half
+    is right because in all of our times a step is nearly as long as the one before it.
+
+    This is the method of Adams and Bashforth. Much the same, with the lengths of steps measured in the logarithm of the
+    signal-to-noise ratio, are DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) and the multi-step solvers for BFNs
+    of Xue et al. 2024, arXiv 2404.15766.
     """
     return guess if last is None else guess + (guess - last) / 2
 

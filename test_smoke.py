@@ -94,7 +94,7 @@ def test_reverse_step_is_the_posterior_found_on_a_grid(i, monkeypatch):
 
 
 def test_eta_1_over_all_steps_is_ancestral_sampling(monkeypatch):
-    """Against DDPM's own algorithm 2, written with its beta, alpha_bar and beta-tilde, which takes guesses as they are."""
+    """Against DDPM's own algorithm 2, written with its beta, alpha_bar and beta-tilde, and with guesses as they are."""
     monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, t, previous: (0.5 * x).clamp(-1, 1))
     monkeypatch.setattr(common, "half_a_step_on", lambda guess, last: guess)
     x = start = torch.randn(2, 1, 3, 3)
