@@ -299,7 +299,7 @@ class Discrete:
 
     def guidance_weight(self, t):
         """As in Continuous, but 2, and between t = 0.1 and 0.8. With 3/2 at all times, a classifier was less than 90%
-        sure of 9.2% of 1000 digits, with this of 7.1%; the Frechet distance was 9.4 and 9.7 (sampler of first order)."""
+        sure of 9.2% of 1000 digits, with this of 7.1%; their Frechet distance was 9.4 and 9.7 (first-order sampler)."""
         return 2.0 if 0.1 < t[0] < 0.8 else 1.0
 
     def guided(self, output, worse, w):
