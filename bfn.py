@@ -393,16 +393,19 @@ def bayesian_flow(net, guide, data, eps, times, deterministic=False):
     float64 [steps + 1]. There is one guess more than there are steps: the last, at t = 1.
 
     eps, [N, C, 28, 28] ~ N(0, 1), is the noise in the first belief, of accuracy next to nothing. On each step from t
-    to s the network guesses x, and then, either
+    to s, x is the guess expected in the middle of the step, from the guesses at t and at the step before:
+
+    x = guess + (guess - last guess) / 2                                                      `common.half_a_step_on`
+
+    It may leave its range a little. Then, either
 
     - Bob makes up a message about x: theta_s = update(theta_t, x, noise) (algorithm 3). Accuracies add up (§4.4,
       §6.7), so that a step may have any length;
     - or theta moves to where it would be at s if the image were x and the noise in theta_t the same: this solves the
       ODE of Solver §4 and §5, which leads through the same distributions without fresh noise.
 
-    x is the guess in the middle of the step, `common.half_a_step_on`, and may leave its range a little. With the guess
-    at t for it, this would be of first order: of 1000 digits of discrete data in 50 steps, without the guide, the
-    Frechet distance was 19.8 with that, and 12.5 with x.
+    With the guess at t for x, this would be of first order: of 1000 digits of discrete data in 50 steps, without the
+    guide, the Frechet distance was 19.8 with that, and 12.5 with x.
 
     For discretized and discrete data, the paper's message is about a draw from the output distribution (algorithms 6,
     9). With ever more steps that comes to the same; with few, it is speckle, as each pixel is drawn on its own (for

@@ -139,9 +139,10 @@ def guided_guess(net, guide, x_t, t):
 
 def reverse_process(net, guide, x_T, steps, eta=0.0):
     """From noise x_T ~ N(0, I) to images, both [N, 1, 28, 28]: yields (t, x_t, guess of x_0) before each step, and
-    last (0.0, x_0, x_0). A step from t to s < t takes the guess in its middle, `common.half_a_step_on`, for x_0, and
-    the eps with which eq. 4 makes x_t of it:
+    last (0.0, x_0, x_0). A step from t to s < t takes for x_0 the guess expected in its middle, from the guesses at t
+    and at the step before (`common.half_a_step_on`), and the eps with which eq. 4 makes x_t of it:
 
+    x_0 = guess + (guess - last guess) / 2
     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z, z ~ N(0, I)           DDIM eq. 12
     sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s)              DDIM eq. 16
 
@@ -199,10 +200,10 @@ def bound(net, x_0):
     L = L_T + sum_{t=2..T} L_{t-1} + L_0                                                                 DDPM eq. 5
 
     prior: what x_T still tells of x_0; diffusion: the steps back; decoder: the last step, from x_1 to grey values.
-    It is that of the ancestral sampler over all T steps, without the guide. Both looks are at x_t alone, since
-    p(x_{t-1} | x_t) must not depend on anything else. The sum over t is estimated, without bias, from one step i for
-    each image, drawn with probability p(i) proportional to 1 / i: the terms fall roughly like that, and to draw the
-    large ones more often makes the estimate less noisy.
+    It is that of the ancestral sampler over all T steps, with the guess at t for x_0, and no guide. Both looks are at
+    x_t alone, since p(x_{t-1} | x_t) must not depend on anything else. The sum over t is estimated, without bias, from
+    one step i for each image, drawn with probability p(i) proportional to 1 / i: the terms fall roughly like that, and
+    to draw the large ones more often makes the estimate less noisy.
     """
     p = 1 / torch.arange(2, T + 1, dtype=torch.float64)
     p = p / p.sum()
