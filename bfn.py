@@ -22,11 +22,11 @@ Departures from it:
 1. The network is told the digit, and the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
    2207.12598): `label` and `guidance` below. `--no-labels` trains without.
 2. What the network sees and says has unit size at all times: `output`. For grey values it says v (Salimans & Ho 2022,
-   arXiv 2202.00512) where the paper's says eps; for classes it adds to the logits that theta has.
+   arXiv 2202.00512) where the paper's says eps, and is not clipped in training; for classes it adds to theta's logits.
 3. It also sees Fourier features of grey values (Kingma et al. 2021, arXiv 2107.00630), as in diffusion.py.
-4. Times are chosen for shapes, in training (grey values) and in sampling: `training_times`, `times`.
+4. Times are chosen for shapes, in training (grey values) and in sampling: `loss`, `times`.
 5. The sampler's message is about the mean of the output distribution, not about a draw from it: `sample`.
-   `--sampler paper` has the paper's messages and times.
+   `--sampler paper --guidance 1` has the paper's messages and times.
 6. The learning rate rises over 200 steps and then falls as one over the square root of the steps: `main`.
 
 Time t is a tensor [B] in [0, 1], on the CPU: at 0 Bob knows nothing of the image, at 1 nearly all. (In diffusion.py the
@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 import common
 
-T_MIN = 1e-5  # the first time at which the network is asked
+T_MIN = 1e-5  # the first time at which the network is asked; as in Xue et al. 2024, arXiv 2404.15766
 
 
 # -------------------------------------------------------------------------------------------------- the messages
@@ -49,9 +49,9 @@ T_MIN = 1e-5  # the first time at which the network is asked
 #     y ~ N(alpha s(x), c alpha)          s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
 # For classes this is eq. 157; for grey values it is alpha times the message of eq. 86. In these units Bayes' rule is an
-# addition: theta is the sum of all messages so far. What Bob believes depends on theta and on beta, the sum of their
-# accuracies: for grey values in a normal of mean mu = theta / (1 + beta) and precision rho = 1 + beta (eq. 49, 50, from
-# the prior mu = 0, rho = 1), for classes in softmax(theta) (§6.3).
+# addition: our theta is the sum of all messages so far. With beta, the sum of their accuracies, it gives the paper's:
+# for grey values a normal of mean mu = theta / (1 + beta) and precision rho = 1 + beta (eq. 49, 50, from the prior
+# mu = 0, rho = 1), for classes the probabilities softmax(theta) (eq. 171).
 
 def sender(data, x, alpha, eps):
     """Alice's message y about x, of accuracy alpha, [B] or a number, made from noise eps ~ N(0, I) of x's shape."""
@@ -67,12 +67,10 @@ def flow(data, x, t, eps):
 
 
 # --------------------------------------------------------------------------------------------- the types of data
-# Each has these methods. The output distribution is the tensor of its parameters.
-#   encode(images) -> x, decode(x) -> images      images are in [-1, 1], x is what messages are about
-#   s(x), c                                       see above
+#   encode(images) -> x, decode(x) -> images      images are in [-1, 1]; x is what messages are about, by s(x) and c
 #   beta(t), alpha(t)                             the accuracy of all messages up to t; its slope d beta / dt
 #   belief(theta, t)                              the mean of the input distribution, for pictures
-#   output(net, theta, t, label)                  the output distribution
+#   output(net, theta, t, label)                  the output distribution: the tensor of its parameters
 #   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) in nats, for each pixel
 #   times(u), paper_times                         times for u even in [0, 1]; the share of t = u in training
 
@@ -85,17 +83,13 @@ class Continuous:
     unit = "bits/dim"
     channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; of the network: mu, Fourier features; v
 
-    def same(self, x):
-        return x
-
-    encode = decode = s = mean = draw = same  # the output distribution has all its mass on x_hat
+    encode = decode = s = mean = draw = staticmethod(lambda x: x)  # the output distribution is x_hat, for sure
 
     def beta(self, t):
-        """beta(t) = sigma_1^(-2t) - 1                                                                        eq. 72"""
+        """beta(t) = sigma_1^(-2t) - 1, so that alpha(t) = d beta / dt = -2 ln(sigma_1) sigma_1^(-2t) (eq. 72, 74)"""
         return torch.expm1(-2 * math.log(self.sigma_1) * torch.as_tensor(t).double())
 
     def alpha(self, t):
-        """alpha(t) = d beta / dt = -2 ln(sigma_1) sigma_1^(-2t)                                              eq. 74"""
         return -2 * math.log(self.sigma_1) * (1 + self.beta(t))
 
     def belief(self, theta, t):
@@ -108,7 +102,7 @@ class Continuous:
         x_hat = mu - sqrt(1 - gamma) v
 
         The paper's network sees mu and says eps (eq. 84). But late, eps is too small to be seen in mu; and early, mu is
-        nothing but eps. For discretized data a second channel is the ln of a deviation, relative to that of mu.
+        nothing but eps. For discretized data a second channel is the ln of a deviation, relative to the belief's.
         """
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation of the input distribution
@@ -121,37 +115,31 @@ class Continuous:
         return common.discretized_normal_nll(x, output.clamp(-1, 1), self.sigma_1)
 
     def times(self, u):
-        """The noise levels of diffusion.py: 1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t. Most of the
-        paper's times, t = u, come when shapes are long settled. As accuracies add up, a message may stand for several.
-        """
+        """The noise levels of diffusion.py: 1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t. (Most of the
+        paper's times, t = u, come when shapes are long settled.)"""
         return (torch.sin(math.pi / 2 * (1 - u)).log() / math.log(self.sigma_1)).clamp(max=1)
 
 
 class Discretized(Continuous):
-    """Grey values as 256 numbers in [-1, 1] (§5): the output distribution is a normal cut into bins, one for each
-    value, of which the first and the last reach to infinity. Its parameters are mean and ln deviation, [B, 2, 28, 28].
-    """
+    """Grey values as 256 numbers in [-1, 1] (§5): the output distribution is a normal, given by mean and ln deviation,
+    [B, 2, 28, 28], and cut into bins, one for each value; the first and the last reach to infinity. (Value k lies at
+    2 k / 255 - 1, as in DDPM; the paper's lie at bin centres of [-1, 1].)"""
 
     out_channels = 2
 
     def mean(self, output):
-        """sum_k k P(k) over the grey values 0..255, which is sum_{j=1..255} P(X > j - 1/2) of the normal X (eq. 115).
-
-        For a deviation below 1 only the terms near the mean count, as the others are 0 or 1. Above that, the sum is
-        taken for an integral, the mean of X clipped to 0..255, which differs by 0.02 at most.
-        """
-        def Phi(z):
-            return (1 + torch.erf(z / 2 ** 0.5)) / 2
-
-        def integral_of_Phi(z):
-            return z * Phi(z) + torch.exp(-z ** 2 / 2) / (2 * math.pi) ** 0.5
-
+        """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
+        For a deviation below 1 it is computed near the mean, as other terms are 0 or 1. Above that, the mean of X
+        clipped to 0..255 stands in for it, an integral for a sum; they differ by 0.02 grey values at most."""
+        Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
         m, sigma = (output[:, :1] + 1) * 127.5, output[:, 1:].exp() * 127.5
         narrow = k = m.detach().round().clamp(0, 255)
         for j in range(-5, 5):
             edge = k + j + 0.5
             narrow = narrow + (edge > 0) * (edge < 255) * (Phi((m - edge) / sigma) - int(j < 0))
-        wide = 255 - sigma * (integral_of_Phi((255 - m) / sigma) - integral_of_Phi(-m / sigma))
+        a, b = -m / sigma, (255 - m) / sigma
+        slope = ((-a ** 2 / 2).exp() - (-b ** 2 / 2).exp()) / (2 * math.pi) ** 0.5
+        wide = 255 + m * (Phi(b) - Phi(a)) - 255 * Phi(b) + sigma * slope
         return torch.where(sigma < 1, narrow, wide) / 127.5 - 1
 
     def draw(self, output):
@@ -163,10 +151,9 @@ class Discretized(Continuous):
 
 
 class Discrete:
-    """Pixels as one of K classes (§6): x is one-hot, [B, K, 28, 28]; for K = 2, black and white. The parameters of the
-    output distribution are logits."""
+    """Pixels as one of K classes (§6): x is one-hot, [B, K, 28, 28], and the output distribution is one of logits."""
 
-    beta_1 = 9.0  # beta(1), as in the paper's released configuration; its text has 3
+    beta_1 = 9.0  # beta(1), as in the paper's released configuration
     paper_times = 1.0
     unit = "nats/image"
 
@@ -174,10 +161,10 @@ class Discrete:
         self.K = self.c = self.channels = self.in_channels = self.out_channels = K
 
     def encode(self, images):
-        """A grey value between two classes becomes one of them at random, the nearer the likelier. For K = 2 this is
-        dynamic binarisation: white with the grey value as its probability."""
-        value = (images + 1) / 2 * (self.K - 1)
-        classes = (value + torch.rand(value.shape).to(value.device)).floor().clamp(0, self.K - 1).long()
+        """A grey value between two classes becomes one of them at random, the nearer the likelier: for K = 2, white
+        with the grey value as its probability (dynamic binarisation)."""
+        value = (images + 1) / 2 * (self.K - 1) + torch.rand(images.shape).to(images.device)
+        classes = value.floor().clamp(0, self.K - 1).long()
         return F.one_hot(classes[:, 0], self.K).movedim(-1, 1).float()
 
     def decode(self, x):
@@ -188,11 +175,10 @@ class Discrete:
         return self.K * x - 1
 
     def beta(self, t):
-        """beta(t) = beta(1) t^2                                                                             eq. 182"""
+        """beta(t) = beta(1) t^2, so that alpha(t) = d beta / dt = 2 beta(1) t (eq. 182, 183)"""
         return self.beta_1 * torch.as_tensor(t).double() ** 2
 
     def alpha(self, t):
-        """alpha(t) = d beta / dt = 2 beta(1) t                                                              eq. 183"""
         return 2 * self.beta_1 * torch.as_tensor(t).double()
 
     def belief(self, theta, t):
@@ -206,33 +192,30 @@ class Discrete:
         return output.softmax(1)
 
     def draw(self, output):
-        """A class for each pixel, by the Gumbel-max method: argmax of logits - ln(-ln(u)), u uniform in [0, 1]."""
-        gumbel = -torch.empty(output.shape).exponential_().log().to(output.device)
-        return F.one_hot((output + gumbel).argmax(1), self.K).movedim(-1, 1).float()
+        classes = torch.distributions.Categorical(logits=output.movedim(1, -1).cpu()).sample().to(output.device)
+        return F.one_hot(classes, self.K).movedim(-1, 1).float()
 
     def nll(self, output, x):
         return -(x * output.log_softmax(1)).sum(1)
 
     def times(self, u):
-        """More of the steps than the paper's t = u has where shapes are settled."""
-        return u ** 1.5
+        return u ** 1.5  # more of the steps than the paper's t = u has where shapes are settled
 
 
 TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discrete}
 
 
-# ------------------------------------------------------------------------------------------------------ the loss
+# ------------------------------------------------------------- the loss, the sampler, the likelihood
 
-def loss_at(net, data, x, t, label, clip=math.inf):
+def loss_at(data, net, x, t, label, clip=math.inf):
     """L_inf at time t, in nats per unit of time, [B]: what Alice's messages about x cost Bob, who expects x_hat.
 
     A message of accuracy alpha costs the KL divergence between the one sent and the one expected, for small alpha
-    alpha / (2 c) ||s(x) - s(x_hat)||^2. Those between t and t + dt together have accuracy alpha(t) dt; so
+    alpha / (2 c) ||s(x) - s(x_hat)||^2, and those between t and t + dt have accuracy alpha(t) dt. So
 
     L_inf = E_t alpha(t) / (2 c) ||s(x) - s(x_hat)||^2,  t uniform in [0, 1]
 
-    For continuous data this is  -ln(sigma_1) E_t sigma_1^(-2t) ||x - x_hat||^2  (eq. 101), for discrete data
-    K beta(1) E_t t ||x - x_hat||^2  (eq. 205).
+    which is -ln(sigma_1) E_t sigma_1^(-2t) ||x - x_hat||^2 (eq. 101) or K beta(1) E_t t ||x - x_hat||^2 (eq. 205).
     """
     theta = flow(data, x, t, common.randn_like(x))
     x_hat = data.mean(data.output(net, theta, t, label)).clamp(-clip, clip)
@@ -240,26 +223,23 @@ def loss_at(net, data, x, t, label, clip=math.inf):
     return (weight * (data.s(x) - data.s(x_hat)) ** 2).flatten(1).sum(1)
 
 
-def loss(net, data, x, label):
-    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8). Times other than the paper's t = u are
+def loss(data, net, x, label):
+    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8). Times other than the paper's, t = u, are
     not reweighted, so that the loss favours shapes."""
     u = torch.rand(len(x))
     t = torch.where(torch.rand(len(x)) < data.paper_times, u, data.times(u)).clamp(min=T_MIN)
-    return loss_at(net, data, x, t, label).mean() / 784
+    return loss_at(data, net, x, t, label).mean() / 784
 
 
-# --------------------------------------------------------------------------------------------------- the sampler
-
-def guided_output(net, data, theta, t, label, guidance):
-    """The output distribution at time t, a number: for w = guidance and its parameters p (for classes, logits)
-
-    p + (w - 1) (p - p without label)                                                         classifier-free guidance
-    """
-    t, not_told = t.expand(len(theta)), torch.full_like(label, common.NOT_TOLD)
+def guided_output(data, net, theta, t, label, guidance):
+    """The output distribution at time t, a number, as its parameters p, for classes logits. By classifier-free guidance
+    of weight w, w - 1 in its paper, they become  p + (w - 1) (p - p without label)."""
+    t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
-    if guidance != 1:
-        output = output + (guidance - 1) * (output - data.output(net, theta, t, not_told))
-    return output
+    if guidance == 1:
+        return output
+    not_told = torch.full_like(label, common.NOT_TOLD)
+    return output + (guidance - 1) * (output - data.output(net, theta, t, not_told))
 
 
 @torch.no_grad()
@@ -269,15 +249,15 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
 
     "paper" is algorithms 3, 6 and 9: Bob makes up a message about a draw from the output distribution. In "mean" it is
     about the mean: with few steps, draws that each pixel makes on its own are grain that no image has. "ode" adds no
-    noise: theta moves to where it would be at s if the image were x_hat and all noise so far the same (Xue et al. 2024,
-    arXiv 2404.15766, §4, §5). Before T_MIN the network is not asked, and theta is noise alone.
+    noise on the way: theta moves to where it would be at s if the image were x_hat and all noise so far the same (Xue
+    et al., §4, §5). All start at T_MIN, with theta as messages about nothing leave it; the paper starts from the prior.
     """
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     times = (u if sampler == "paper" else data.times(u)).clamp(min=T_MIN)
     theta = (data.c * data.beta(T_MIN)).sqrt().item() * eps
     for t, s in zip(times[:-1], times[1:]):
-        output = guided_output(net, data, theta, t, label, guidance)
+        output = guided_output(data, net, theta, t, label, guidance)
         x_hat = data.mean(output).clamp(-1, 1)
         yield t.item(), data.decode(data.belief(theta, t)), data.decode(x_hat)
         if sampler == "ode":
@@ -285,22 +265,20 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
             eps = (theta - beta * data.s(x_hat)) / (data.c * beta) ** 0.5
             theta = flow(data, x_hat, s, eps)
         else:
-            x = data.draw(output) if sampler == "paper" else x_hat
+            x = data.draw(output).clamp(-1, 1) if sampler == "paper" else x_hat
             y = sender(data, x, data.beta(s) - data.beta(t), common.randn_like(theta))
             theta = theta + y  # Bayes' rule
-    x = data.draw(guided_output(net, data, theta, s, label, guidance)).clamp(-1, 1)
+    x = data.draw(guided_output(data, net, theta, s, label, guidance)).clamp(-1, 1)
     yield 1.0, data.decode(data.belief(theta, s)), data.decode(x)
 
-
-# ------------------------------------------------------------------------------------------------ the likelihood
 
 @torch.no_grad()
 def bound(data, net, images, label):
     """An upper bound on -ln p(image | label) in nats, as its two terms, each [B]: the messages' cost, L_inf, and the
-    reconstruction, -ln of the output distribution at t = 1 (§3.5). Estimated without bias from one t for each image.
-    Without guidance; x_hat is clipped to the range of pixels."""
+    reconstruction, -ln of the output distribution at t = 1 (§3.5). An unbiased estimate from one t for each image,
+    without guidance."""
     x = data.encode(images)
-    messages = loss_at(net, data, x, torch.rand(len(x)).clamp(min=T_MIN), label, clip=1)
+    messages = loss_at(data, net, x, torch.rand(len(x)).clamp(min=T_MIN), label, clip=1)
     t = torch.ones(len(x))
     output = data.output(net, flow(data, x, t, common.randn_like(x)), t, label)
     return {"messages": messages, "reconstruction": data.nll(output, x).flatten(1).sum(1)}
@@ -309,8 +287,7 @@ def bound(data, net, images, label):
 # ---------------------------------------------------------------------------------------------- the training loop
 
 def main(argv=None):
-    args = common.parse_args(__doc__, ["mean", "paper", "ode"], argv, data_type=dict(
-        choices=list(TYPES), default="continuous", help="what a pixel is (default %(default)s)"))
+    args = common.parse_args(__doc__, argv, ["mean", "paper", "ode"], list(TYPES))
     torch.manual_seed(args.seed)
     data = TYPES[args.data_type]()
     net = common.UNet(data.in_channels, data.out_channels).to(args.device)
@@ -322,14 +299,14 @@ def main(argv=None):
     if args.sample:
         return run.save_samples()
 
-    for epoch in run.epochs():  # from the last finished one on
+    while len(run.history) < args.epochs:  # an interrupted run goes on from its last finished epoch
         losses = []
         for images, label in run.batches():
             step = int(ema.n_averaged) + 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(step / 200, (200 / step) ** 0.5)
             label = torch.where(torch.rand(len(label)) < 0.1, common.NOT_TOLD, label)
-            batch_loss = loss(net, data, data.encode(images), label)
+            batch_loss = loss(data, net, data.encode(images), label)
             optimizer.zero_grad()
             batch_loss.backward()
             optimizer.step()

@@ -17,14 +17,14 @@ Departures from DDPM:
 
 1. The network is told the digit, and the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
    2207.12598): `label` and `guidance` below. `--no-labels` trains without.
-2. The noise schedule is a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672): `alpha_bar`.
-3. The network predicts v, not eps (Salimans & Ho 2022, arXiv 2202.00512): `v_target`, `predict_x_0`.
+2. The noise schedule is a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17 with s = 0): `alpha_bar`.
+3. The network predicts v, not eps (Salimans & Ho 2022, arXiv 2202.00512): `loss`, `predict_x_0`.
 4. The network also sees Fourier features of the image (Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
 5. The learning rate rises over 200 steps and then falls as one over the square root of the steps: `main`.
 
 Images are float [B, 1, 28, 28] in [-1, 1]. t is the step, 1 to T, a tensor [B] on the CPU; 0 is the image. A step of
-the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps, and alpha_bar_t, the product of 1 - beta up
-to t, is the share of the image in the variance of x_t. p is the learnt process back.
+the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps. alpha_bar_t is the product of 1 - beta up
+to t: the factor on the image's variance in x_t. p is the learnt process back.
 """
 import math
 
@@ -48,7 +48,10 @@ def signal_and_noise(t, x):
 
 
 def q_sample(x_0, t, eps):
-    """x_t ~ q(x_t | x_0), from eps ~ N(0, I):  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps   (DDPM eq. 4)"""
+    """A draw of x_t from q(x_t | x_0), made from noise eps ~ N(0, I), all [B, 1, 28, 28]; t: [B].
+
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps                                                (DDPM eq. 4)
+    """
     signal, noise = signal_and_noise(t, x_0)
     return signal * x_0 + noise * eps
 
@@ -70,7 +73,8 @@ def predict_x_0(net, x_t, t, label, guidance=1):
     """The prediction of x_0 that sampler and bound go on with, [B, 1, 28, 28], clipped to the range of pixels:
 
     x_0_hat = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
-    guided:   v + (w - 1) (v - v without label)                                     classifier-free guidance, w = guidance
+
+    where, by classifier-free guidance of weight w, w - 1 in its paper, v becomes  v + (w - 1) (v - v without label).
     """
     v = predict_v(net, x_t, t, label)
     if guidance != 1:
@@ -80,7 +84,7 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 
 def loss(net, x_0, label):
-    """Algorithm 1, lines 2 to 5: the training loss of a batch, a scalar. (DDPM eq. 14, of v instead of eps.)"""
+    """Algorithm 1, lines 3 to 5: the training loss of a batch, a scalar. (DDPM eq. 14, of v instead of eps.)"""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = common.randn_like(x_0)
     x_t = q_sample(x_0, t, eps)
@@ -102,8 +106,8 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
     x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps_hat + sigma z,  z ~ N(0, I)   (DDIM eq. 12)
     sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s)               (DDIM eq. 16)
 
-    With eta = 1 and s = t - 1 this is DDPM's algorithm 2: the mean is mu_tilde and sigma^2 is beta_tilde of its eq. 7.
-    With eta = 0 no noise is added (DDIM). Fewer steps skip over some of the T.
+    With eta = 1 and s = t - 1 this is DDPM's algorithm 2, with x_0_hat clipped: the mean is mu_tilde and sigma^2 is
+    beta_tilde of its eq. 7. With eta = 0 no noise is added (DDIM). With other than T steps, t may lie between steps.
     """
     eta = SAMPLERS[sampler]
     x_t = torch.randn(len(label), 1, 28, 28).to(next(net.parameters()).device)  # x_T
@@ -163,7 +167,7 @@ def bound(net, x_0, label):
 # ---------------------------------------------------------------------------------------------- the training loop
 
 def main(argv=None):
-    args = common.parse_args(__doc__, list(SAMPLERS), argv)
+    args = common.parse_args(__doc__, argv, list(SAMPLERS))
     torch.manual_seed(args.seed)
     net = common.UNet(in_channels=1 + 16, out_channels=1).to(args.device)
     ema = common.EMA(net)
@@ -172,7 +176,7 @@ def main(argv=None):
     if args.sample:
         return run.save_samples()
 
-    for epoch in run.epochs():  # from the last finished one on
+    while len(run.history) < args.epochs:  # an interrupted run goes on from its last finished epoch
         losses = []
         for x_0, label in run.batches():
             step = int(ema.n_averaged) + 1
