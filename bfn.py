@@ -10,27 +10,26 @@
 Alice sends Bob an image in messages, each of them the image under noise; how much a message tells is its accuracy (for
 grey values, the inverse of its noise's variance). Bob has a belief about each pixel on its own (the input distribution,
 with parameters theta) and improves it with each message by Bayes' rule. A network looks at all of these beliefs
-together and predicts the image (the output distribution). A message costs the fewer bits the better Bob predicted what
-it would say, and so the network's errors add up to the length of a code for the image. With no Alice, Bob makes up her
-messages from his own predictions, and a new image appears.
+together and predicts the image (the output distribution, of mean x_hat). A message costs the fewer bits the better Bob
+predicted what it would say, and so the network's errors add up to the length of a code for the image. With no Alice,
+Bob makes up her messages from his own predictions, and a new image appears.
 
-This file is all of it but the network, in this order: messages, data types, loss, sampler, likelihood bound, training
-loop. Sections and equations are those of Graves et al. 2023, Bayesian flow networks, arXiv 2308.07037.
+Below is all of it but the network, in this order: messages, data types, loss, sampler, likelihood bound, training loop.
+Sections and equations are those of Graves et al. 2023, Bayesian flow networks, arXiv 2308.07037. Time t is a tensor [B]
+in [0, 1], on the CPU: at 0 Bob knows nothing of the image, at 1 nearly all. (In diffusion.py the image is at 0.)
 
 Departures from it:
 
-1. The network is told the digit, and the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
-   2207.12598): `label` and `guidance` below. `--no-labels` trains without.
-2. What the network sees and says has unit size at all times: `output`. For grey values it says v (Salimans & Ho 2022,
-   arXiv 2202.00512) where the paper's says eps, and is not clipped in training; for classes it adds to theta's logits.
+1. The network is told the digit, but for a tenth of the images in training (their label is common.NOT_TOLD, with
+   `--no-labels` all labels are), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
+   2207.12598): `label` and `guidance` below.
+2. Of grey values the network sees and says what has unit size at all times: it says v (Salimans & Ho 2022, arXiv
+   2202.00512) where the paper's says eps, and x_hat is not clipped in training. For classes it adds to theta: `output`.
 3. It also sees Fourier features of grey values (Kingma et al. 2021, arXiv 2107.00630), as in diffusion.py.
-4. Times are chosen for shapes, in training (grey values) and in sampling: `loss`, `times`.
-5. The sampler's message is about the mean of the output distribution, not about a draw from it: `sample`.
-   `--sampler paper --guidance 1` has the paper's messages and times.
-6. The learning rate rises over 200 steps and then falls as one over the square root of the steps: `main`.
-
-Time t is a tensor [B] in [0, 1], on the CPU: at 0 Bob knows nothing of the image, at 1 nearly all. (In diffusion.py the
-image is at 0.)
+4. More times are early, where a digit takes shape, in training (of grey values) and in sampling: `loss`, `times`.
+5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`. The paper's messages
+   and times are had by `--sampler paper --guidance 1`.
+6. AdamW's learning rate rises over 200 updates and then falls to 0 in a straight line: `main`.
 """
 import functools
 import math
@@ -40,21 +39,21 @@ import torch.nn.functional as F
 
 import common
 
-T_MIN = 1e-5  # the first time at which the network is asked; as in Xue et al. 2024, arXiv 2404.15766
+T_MIN = 1e-5  # no earlier time is used: `output` divides by beta(t). As in Xue et al. 2024, arXiv 2404.15766
 
 
 # -------------------------------------------------------------------------------------------------- the messages
-# All three data types share one algorithm. A message of accuracy alpha about the data x is
+# All three data types share one algorithm. A message of accuracy alpha about the data x (for classes, one-hot) is
 #
 #     y ~ N(alpha s(x), c alpha)          s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
-# For classes this is eq. 157; for grey values it is alpha times the message of eq. 86. In these units Bayes' rule is an
-# addition: our theta is the sum of all messages so far. With beta, the sum of their accuracies, it gives the paper's:
-# for grey values a normal of mean mu = theta / (1 + beta) and precision rho = 1 + beta (eq. 49, 50, from the prior
-# mu = 0, rho = 1), for classes the probabilities softmax(theta) (eq. 171).
+# For classes this is eq. 157; for grey values it is alpha times that of eq. 86, whose noise has variance 1 / alpha. In
+# these units Bayes' rule is an addition: theta is the sum of all messages so far. With beta, the sum of accuracies,
+# Bob's belief is: for grey values a normal of mean mu = theta / (1 + beta) and precision rho = 1 + beta (eq. 49, 50,
+# from the prior mu = 0, rho = 1), for classes the probabilities softmax(theta) (eq. 171).
 
 def sender(data, x, alpha, eps):
-    """Alice's message y about x, of accuracy alpha, [B] or a number, made from noise eps ~ N(0, I) of x's shape."""
+    """Alice's message y about x, of accuracy alpha, [B] or one number, made from noise eps ~ N(0, I) of x's shape."""
     alpha = common.column(torch.as_tensor(alpha), x)
     return alpha * data.s(x) + (data.c * alpha).sqrt() * eps
 
@@ -72,18 +71,18 @@ def flow(data, x, t, eps):
 #   belief(theta, t)                              the mean of the input distribution, for pictures
 #   output(net, theta, t, label)                  the output distribution: the tensor of its parameters
 #   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) in nats, for each pixel
-#   times(u), paper_times                         times for u even in [0, 1]; the share of t = u in training
+#   times(u), uniform_share                       times for u uniform in [0, 1]; the share of t = u in training
 
 class Continuous:
     """Grey values as real numbers (§4): x is the image, [B, 1, 28, 28] in [-1, 1]."""
 
     c = 1
     sigma_1 = 0.001  # the deviation of Bob's belief at t = 1; grey values are 0.0078 apart
-    paper_times = 0.25
+    uniform_share = 0.25
     unit = "bits/dim"
-    channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; of the network: mu, Fourier features; v
+    channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; of what the network sees: mu, features; and says: v
 
-    encode = decode = s = mean = draw = staticmethod(lambda x: x)  # the output distribution is x_hat, for sure
+    encode = decode = s = mean = draw = staticmethod(lambda x: x)  # the output distribution is all on x_hat
 
     def beta(self, t):
         """beta(t) = sigma_1^(-2t) - 1, so that alpha(t) = d beta / dt = -2 ln(sigma_1) sigma_1^(-2t) (eq. 72, 74)"""
@@ -96,27 +95,26 @@ class Continuous:
         return theta / (1 + common.column(self.beta(t), theta))
 
     def output(self, net, theta, t, label):
-        """x_hat. The network sees mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, which is a diffusion model's
-        x_t with gamma = beta / (1 + beta) for alpha_bar, and says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So
-
-        x_hat = mu - sqrt(1 - gamma) v
+        """x_hat (and, for discretized data, a ln deviation). With gamma = beta / (1 + beta) the network sees
+        mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, which is a diffusion model's x_t with gamma for
+        alpha_bar, and says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So  x_hat = mu - sqrt(1 - gamma) v.
 
         The paper's network sees mu and says eps (eq. 84). But late, eps is too small to be seen in mu; and early, mu is
-        nothing but eps. For discretized data a second channel is the ln of a deviation, relative to the belief's.
+        nothing but eps, which then tells nothing of x.
         """
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation of the input distribution
-        features = common.fourier_features(theta / beta, beta ** -0.5)  # theta / beta = x + eps / sqrt(beta)
-        said = net(torch.cat([theta / (beta * (1 + beta)).sqrt(), features], dim=1), t, label)
+        features = common.fourier_features(theta / beta, beta ** -0.5)  # of x + eps / sqrt(beta), and its deviation
+        said = net(torch.cat([theta / (beta * (1 + beta)).sqrt(), features], dim=1), t, label)  # v; ln ratio, if any
         return torch.cat([mu - sigma * said[:, :1], (sigma.log() + said[:, 1:]).clamp(-12, 2)], dim=1)
 
     def nll(self, output, x):
-        """Of a normal of deviation sigma_1 around x_hat, cut into the 256 grey values (§7.2)."""
+        """For the reconstruction: a normal of deviation sigma_1 around x_hat, cut into 256 grey values (§7.2)."""
         return common.discretized_normal_nll(x, output.clamp(-1, 1), self.sigma_1)
 
     def times(self, u):
-        """The noise levels of diffusion.py: 1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t. (Most of the
-        paper's times, t = u, come when shapes are long settled.)"""
+        """The noise levels of diffusion.py: 1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t. (In the paper
+        t = u; but a digit has its shape by t = 0.2.)"""
         return (torch.sin(math.pi / 2 * (1 - u)).log() / math.log(self.sigma_1)).clamp(max=1)
 
 
@@ -129,8 +127,8 @@ class Discretized(Continuous):
 
     def mean(self, output):
         """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
-        For a deviation below 1 it is computed near the mean, as other terms are 0 or 1. Above that, the mean of X
-        clipped to 0..255 stands in for it, an integral for a sum; they differ by 0.02 grey values at most."""
+        For a deviation below 1 only the ten terms around the mean are computed, as those below are 1, those above 0.
+        For larger ones the mean of X clipped to 0..255 is taken; it is off by 0.02 grey values at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
         m, sigma = (output[:, :1] + 1) * 127.5, output[:, 1:].exp() * 127.5
         narrow = k = m.detach().round().clamp(0, 255)
@@ -151,10 +149,10 @@ class Discretized(Continuous):
 
 
 class Discrete:
-    """Pixels as one of K classes (§6): x is one-hot, [B, K, 28, 28], and the output distribution is one of logits."""
+    """Pixels as one of K classes (§6): x is one-hot, [B, K, 28, 28]; the output distribution is given by logits."""
 
     beta_1 = 9.0  # beta(1), as in the paper's released configuration
-    paper_times = 1.0
+    uniform_share = 1.0
     unit = "nats/image"
 
     def __init__(self, K=2):
@@ -199,7 +197,7 @@ class Discrete:
         return -(x * output.log_softmax(1)).sum(1)
 
     def times(self, u):
-        return u ** 1.5  # more of the steps than the paper's t = u has where shapes are settled
+        return u ** 1.5  # smaller steps early than the paper's t = u
 
 
 TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discrete}
@@ -208,10 +206,10 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 # ------------------------------------------------------------- the loss, the sampler, the likelihood
 
 def loss_at(data, net, x, t, label, clip=math.inf):
-    """L_inf at time t, in nats per unit of time, [B]: what Alice's messages about x cost Bob, who expects x_hat.
+    """The integrand of L_inf at time t, in nats, [B]: what infinitely many, infinitely small messages cost Bob.
 
-    A message of accuracy alpha costs the KL divergence between the one sent and the one expected, for small alpha
-    alpha / (2 c) ||s(x) - s(x_hat)||^2, and those between t and t + dt have accuracy alpha(t) dt. So
+    A message costs the KL divergence between the one sent and the one expected, which is, for small alpha,
+    alpha / (2 c) ||s(x) - s(x_hat)||^2. Those between t and t + dt have accuracy alpha(t) dt. So
 
     L_inf = E_t alpha(t) / (2 c) ||s(x) - s(x_hat)||^2,  t uniform in [0, 1]
 
@@ -224,52 +222,52 @@ def loss_at(data, net, x, t, label, clip=math.inf):
 
 
 def loss(data, net, x, label):
-    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8). Times other than the paper's, t = u, are
-    not reweighted, so that the loss favours shapes."""
+    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8). The density of t is not divided out where
+    it is not the paper's, t = u, so that early times count more."""
     u = torch.rand(len(x))
-    t = torch.where(torch.rand(len(x)) < data.paper_times, u, data.times(u)).clamp(min=T_MIN)
+    t = torch.where(torch.rand(len(x)) < data.uniform_share, u, data.times(u)).clamp(min=T_MIN)
     return loss_at(data, net, x, t, label).mean() / 784
 
 
 def guided_output(data, net, theta, t, label, guidance):
-    """The output distribution at time t, a number, as its parameters p, for classes logits. By classifier-free guidance
-    of weight w, w - 1 in its paper, they become  p + (w - 1) (p - p without label)."""
+    """The output distribution at time t, a 0-d tensor, as its parameters p: x_hat, mean and ln deviation, or logits.
+    Classifier-free guidance of weight w (1 + w in its paper) makes them  p_none + w (p_label - p_none)."""
     t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
     if guidance == 1:
         return output
-    not_told = torch.full_like(label, common.NOT_TOLD)
-    return output + (guidance - 1) * (output - data.output(net, theta, t, not_told))
+    output_none = data.output(net, theta, t, torch.full_like(label, common.NOT_TOLD))
+    return output_none + guidance * (output - output_none)
 
 
 @torch.no_grad()
 def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
     """From a belief that knows nothing to one image for each label [N]: yields (t, belief, x_hat) as images
-    [N, 1, 28, 28] before each step, and last the image in place of x_hat.
+    [N, 1, 28, 28] before each step, and last a draw from the output distribution in place of x_hat.
 
     "paper" is algorithms 3, 6 and 9: Bob makes up a message about a draw from the output distribution. In "mean" it is
-    about the mean: with few steps, draws that each pixel makes on its own are grain that no image has. "ode" adds no
-    noise on the way: theta moves to where it would be at s if the image were x_hat and all noise so far the same (Xue
-    et al., §4, §5). All start at T_MIN, with theta as messages about nothing leave it; the paper starts from the prior.
+    about x_hat: with few steps, draws that each pixel makes on its own look like grain. "ode" adds no noise on the way:
+    theta moves to where it would be at the next time if the image were x_hat and all noise so far the same (Xue et al.,
+    §4, §5). All start at T_MIN with a theta that is noise of the size it has there; the paper starts from the prior.
     """
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     times = (u if sampler == "paper" else data.times(u)).clamp(min=T_MIN)
     theta = (data.c * data.beta(T_MIN)).sqrt().item() * eps
-    for t, s in zip(times[:-1], times[1:]):
+    for t, t_next in zip(times[:-1], times[1:]):
         output = guided_output(data, net, theta, t, label, guidance)
         x_hat = data.mean(output).clamp(-1, 1)
         yield t.item(), data.decode(data.belief(theta, t)), data.decode(x_hat)
         if sampler == "ode":
             beta = data.beta(t).item()
             eps = (theta - beta * data.s(x_hat)) / (data.c * beta) ** 0.5
-            theta = flow(data, x_hat, s, eps)
+            theta = flow(data, x_hat, t_next, eps)
         else:
             x = data.draw(output).clamp(-1, 1) if sampler == "paper" else x_hat
-            y = sender(data, x, data.beta(s) - data.beta(t), common.randn_like(theta))
+            y = sender(data, x, data.beta(t_next) - data.beta(t), common.randn_like(theta))
             theta = theta + y  # Bayes' rule
-    x = data.draw(guided_output(data, net, theta, s, label, guidance)).clamp(-1, 1)
-    yield 1.0, data.decode(data.belief(theta, s)), data.decode(x)
+    x = data.draw(guided_output(data, net, theta, t_next, label, guidance)).clamp(-1, 1)
+    yield 1.0, data.decode(data.belief(theta, t_next)), data.decode(x)
 
 
 @torch.no_grad()
@@ -291,21 +289,21 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = TYPES[args.data_type]()
     net = common.UNet(data.in_channels, data.out_channels).to(args.device)
-    ema = common.EMA(net)
+    ema = common.EMA(net)  # the average of the weights: it samples and is measured, and counts the updates
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "bfn-" + args.data_type, f"BFN ({args.data_type})", data.unit, "belief", net, ema, optimizer,
                      functools.partial(sample, data), functools.partial(bound, data),
-                     lambda images: data.decode(data.encode(images)))
+                     real=lambda images: data.decode(data.encode(images)))
     if args.sample:
         return run.save_samples()
 
     while len(run.history) < args.epochs:  # an interrupted run goes on from its last finished epoch
         losses = []
         for images, label in run.batches():
-            step = int(ema.n_averaged) + 1
+            update = int(ema.n_averaged) + 1
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(step / 200, (200 / step) ** 0.5)
-            label = torch.where(torch.rand(len(label)) < 0.1, common.NOT_TOLD, label)
+                group["lr"] = args.lr * min(update / 200, 1 - update / run.updates)
+            label = torch.where(torch.rand(len(label)) < 0.1, common.NOT_TOLD, label)  # for guidance
             batch_loss = loss(data, net, data.encode(images), label)
             optimizer.zero_grad()
             batch_loss.backward()

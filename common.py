@@ -5,15 +5,18 @@ Images are uint8 0..255 at the edges and float32 [B, 1, 28, 28] in [-1, 1] insid
 """
 import argparse
 import contextlib
-import io
 import json
 import math
 import os
+import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
+if "IPython" not in sys.modules:
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, inherited by what it starts, which may not have it
 import matplotlib
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,7 @@ NOT_TOLD = 10  # the label of an image whose class the network is not told
 NINE = torch.arange(1, 10)  # the digits of all pictures, in reading order
 STEPS, GUIDANCE, LR = 50, 1.25, 8e-3  # defaults of the command line
 FORMAT = 2  # of checkpoints
+torch.backends.nnpack.set_flags(False)  # it would slow down convolutions where torch has no oneDNN (Apple silicon)
 
 
 # --------------------------------------------------------------------------------------------------- the network
@@ -66,9 +70,8 @@ class Block(nn.Module):
 
 
 class ShuffleUnit(nn.Module):
-    """A residual block from one half of the channels onto the other, and one back. A convolution of half of the
-    channels is a quarter of the work. A channel shuffle then deals the channels out to new halves (Zhang et al. 2018,
-    ShuffleNet, arXiv 1707.01083, §3.1)."""
+    """A residual block from one half of the channels onto the other, and one back, each a quarter of the work of a full
+    one. A channel shuffle then deals the channels out to new halves (ShuffleNet, arXiv 1707.01083, §3.1)."""
 
     def __init__(self, channels, condition_channels):
         super().__init__()
@@ -86,8 +89,7 @@ class ShuffleUnit(nn.Module):
 
 class UNet(nn.Module):
     """The shuffled U-Net: image, time and label to image. The units work at 7x7, where a pixel sees the whole image
-    after few layers; the skip connection carries the finer scale. All convolutions are dense and in channels_last
-    memory, which is what CPUs are fastest at."""
+    after few layers. All convolutions are dense and in channels_last memory, which is what CPUs are fastest at."""
 
     def __init__(self, in_channels, out_channels, wide=64, deep=128, units=2, condition_channels=128):
         super().__init__()
@@ -168,12 +170,18 @@ def load_data(name, folder, seed, limit=None):
     if name == "drawn":
         return "drawn digits", *[drawn_digits(min(N, limit or N), 2 * seed + i) for i, N in enumerate((60000, 10000))]
     kind = getattr(torchvision.datasets, DATASETS["mnist" if name == "auto" else name])
-    there = len(list(Path(folder, kind.__name__, "raw").glob("*-ubyte"))) == 4
-    if not there:
-        print(f"{kind.__name__} is not in {folder}: downloading it", flush=True)
+    raw = Path(folder, kind.__name__, "raw")
+    there = len(list(raw.glob("*-ubyte"))) == 4
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # torchvision tells of each address it tries
-            parts = [kind(folder, train=train, download=not there) for train in (True, False)]
+        if not there:
+            print(f"{kind.__name__} is not in {folder}: downloading it from {kind.mirrors[0]}", flush=True)
+            socket.setdefaulttimeout(15)  # seconds without an answer, for each of two addresses
+            raw.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as fetched:
+                kind(fetched, download=True)
+                for file in Path(fetched).glob("*/raw/*-ubyte"):
+                    os.replace(file, raw / file.name)  # whole, whoever else does the same
+        parts = [kind(folder, train=train) for train in (True, False)]
         for part, N in zip(parts, (60000, 10000)):
             if part.data.shape != (N, 28, 28) or part.targets.shape != (N,):
                 raise ValueError(f"{tuple(part.data.shape)} values where {(N, 28, 28)} are expected")
@@ -236,7 +244,7 @@ def to_uint8(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()
 
 
-# ---------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------ the command line and a run
 
 def parse_args(description, argv, samplers, data_types=()):
     """The command line's flags. The first of samplers and of data_types, lists of names, is the default."""
@@ -272,18 +280,22 @@ def parse_args(description, argv, samplers, data_types=()):
     for wrong, message in [
             (args.sample and args.fresh, "--sample draws with the network that --fresh throws away"),
             (args.label is not None and not args.sample, "--label goes with --sample"),
-            (args.no_labels and (args.guidance is not None or args.label is not None),
-             "--no-labels leaves nothing for --guidance or --label to do"),
+            (args.no_labels and (args.guidance or args.label) is not None, "--no-labels has no --guidance or --label"),
             (args.batch_size > (args.limit or 60000), "--batch-size is more than there are training images")]:
         if wrong:
             parser.error(message)
     if args.guidance is None:
         args.guidance = 1 if args.no_labels else GUIDANCE
-    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if args.device == "auto":
-        args.device = "cuda" if usable["cuda"] else "cpu"
-    if not usable[args.device]:
-        fail(f"--device {args.device}: this torch finds no such GPU that it can use; try --device cpu")
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        F.conv2d(torch.ones(1, 1, 3, 3, device=device), torch.ones(1, 1, 3, 3, device=device)).item()
+    except (RuntimeError, AssertionError) as error:  # no such GPU, or too old for this torch, or full
+        reason = f"the GPU cannot be used ({str(error).splitlines()[0]})"
+        if args.device != "auto":
+            fail(f"{reason}; try --device cpu")
+        print(f"{reason}: going on with the CPU", flush=True)
+        device = torch.device("cpu")
+    args.device = device.type
     return args
 
 
@@ -308,8 +320,6 @@ def write(path, save):
         temporary.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------- a run
-
 class Run:
     """A run's folder and what is in it; what stands there is loaded when the run is made.
 
@@ -330,23 +340,23 @@ class Run:
         if args.sample:
             if not there:
                 fail(f"{self.folder} holds no trained network to sample from; train one first, without --sample")
-            self.settings = {**there, "no_labels": args.no_labels}
+            self.settings = {**there, "model": name, "no_labels": args.no_labels}
         else:
-            name, self.train, self.test = load_data(args.dataset, args.data_dir, args.seed, args.limit)
-            self.settings["dataset"] = name
+            data = load_data(args.dataset, args.data_dir, args.seed, args.limit)
+            self.settings["dataset"], self.train, self.test = data
+            self.updates = args.epochs * (len(self.train[0]) // args.batch_size)  # of the weights, in all
         other = [f"{key} {old} there, {self.settings[key]} here" for key, old in there.items()
                  if self.settings[key] != old]
         if other:
-            drawn = " (--dataset drawn)" if there["dataset"] == "drawn digits" else ""
-            fail(f"the run in {self.folder} has other settings ({'; '.join(other)}): give those{drawn}, "
-                 "or another --out-dir, or --fresh to throw that run away")
+            fail(f"the run in {self.folder} has other settings ({'; '.join(other)}): give those (for drawn digits "
+                 "--dataset drawn), or another --out-dir, or --fresh to throw that run away")
         self.name = f"{title} on {self.settings['dataset']}"
         self.parameters = sum(p.numel() for p in net.parameters())
         if args.sample:
             return
         try:
             (self.folder / "epochs").mkdir(parents=True, exist_ok=True)
-            for old in [checkpoint, *self.folder.glob("epochs/*.png")] if not there else []:
+            for old in [] if there else [checkpoint, *self.folder.glob("epochs/*.png")]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             fail(f"{self.folder} cannot be written to ({error.strerror})")
@@ -384,8 +394,7 @@ class Run:
         """One epoch of shuffled batches: images, float [B, 1, 28, 28] in [-1, 1] on the device, and labels, int64 [B]
         on the CPU. A last batch that is smaller is left out."""
         self.start = time.perf_counter()
-        images, labels = self.train
-        size = self.args.batch_size
+        (images, labels), size = self.train, self.args.batch_size
         count = len(images) // size
         for i, chosen in enumerate(torch.randperm(len(images))[:count * size].view(count, size)):
             if sys.stdout.isatty() and i % 10 == 0:
@@ -417,7 +426,6 @@ class Run:
                    f"{self.name}, epoch {epoch}")
 
     def write_metrics(self):
-        """Write metrics.json, and return what it holds."""
         metrics = {"settings": self.settings, "title": self.title, "unit": self.unit, "parameters": self.parameters,
                    "device": self.args.device, "threads": torch.get_num_threads(), "torch": torch.__version__,
                    "history": self.history, "final": self.final}
@@ -475,17 +483,14 @@ class Run:
         compare(self.args.out_dir, self.settings["model"])
 
     def measure_final(self):
-        """The bound on the whole test set; time for nine digits; Frechet distance and shares of right and of clear
+        """The bound on the whole test set; Frechet distance and shares of right and of clear
         digits, of 10,000 drawn ones (of fewer after less than 20 epochs: measuring should not outlast training)."""
         images, labels = self.test
         terms = self.measure(len(images), repeats=min(4, len(self.history)))
         total = sum(terms.values())
-        start = time.perf_counter()
-        self.draw(NINE)
         final = {"bound": total.mean().item(), "bound_se": (total.std() / len(total) ** 0.5).item(),
                  "parts": {name: term.mean().item() for name, term in terms.items()},
-                 "images_per_second": median(row["images_per_second"] for row in self.history),
-                 "seconds_nine": time.perf_counter() - start}
+                 "images_per_second": median(row["images_per_second"] for row in self.history)}
         count = min(len(images), max(2000, 500 * len(self.history)))
         if count < 2000:  # fewer say little
             return final
@@ -497,25 +502,23 @@ class Run:
         train, _, _ = judge(classifier, train, self.train[1][-count:])
         test, right_real, clear_real = judge(classifier, test, labels)
         drawn, right, clear = judge(classifier, self.draw(asked), asked)
-        if not self.args.no_labels:
-            final.update(right=right, right_real=right_real)
+        final.update({} if self.args.no_labels else {"right": right, "right_real": right_real})
         return {**final, "clear": clear, "clear_real": clear_real, "count": count,
                 "frechet": frechet_distance(drawn, test), "frechet_real": frechet_distance(train, test)}
 
     def save_figures(self, metrics):
         """Figures 1 to 4 of the README, the curves, the film, and trace.pt, of which the comparison is made."""
         steps = self.args.steps or 1000
-        frames = spread(50, steps + 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.args.seed)
             states, predictions = zip(*[(to_uint8(state), to_uint8(prediction)) for i, (_, state, prediction)
-                                        in enumerate(self.process(NINE, steps)) if i in frames])
+                                        in enumerate(self.process(NINE, steps)) if i in spread(50, steps + 1)])
         trace = {"title": self.title, "state_name": self.state_name, "steps": steps, "states": torch.stack(states),
                  "predictions": torch.stack(predictions)}
         write(self.folder / "trace.pt", lambda path: torch.save(trace, path))
         name = f"{self.name}, {len(self.history)} epochs"
-        save_grids(self.folder / "training.png", {f"epoch {1 + i}": self.previews[1 + i] for i in
-                                                  spread(6, len(self.previews))}, f"{name}: the same nine draws")
+        shown = {f"epoch {1 + i}": self.previews[1 + i] for i in spread(6, len(self.previews))}
+        save_grids(self.folder / "training.png", shown, f"{name}: the same nine draws")
         save_grids(self.folder / "samples.png", {"": predictions[-1]}, f"{name}: {steps} steps")
         save_steps(self.folder / "steps.png", [trace], f"{name}: {steps} steps")
         save_gif(self.folder / "process.gif", [trace], f"{name}: {steps} steps")
@@ -562,12 +565,11 @@ def judge(classifier, images, labels):
     their label; *clear*, the share of which it is at least 90% sure."""
     features = torch.cat([classifier[:-2](to_float(part)) for part in images.split(500)])
     p = classifier[-2:](features).softmax(1)
-    right, clear = p.argmax(1) == labels, p.amax(1) >= 0.9
-    return features.double(), right.float().mean().item(), clear.float().mean().item()
+    return features.double(), (p.argmax(1) == labels).float().mean().item(), (p.amax(1) >= 0.9).float().mean().item()
 
 
 def frechet_distance(a, b):
-    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), the squared Frechet distance of the normals fitted
+    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), the squared Frechet distance of normals fitted
     to features a and b, float64 [N, D] (Dowson & Landau 1982)."""
     cov_a, cov_b = a.T.cov(), b.T.cov()
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
@@ -656,21 +658,20 @@ def save_curves(path, runs, title, columns):
 def compare(out_dir, name):
     """Where finished runs of diffusion and of a BFN stand side by side: figures 5 and 6, film, curves and table, from
     their metrics.json and trace.pt alone. name: the run that has just ended; the others must have its settings."""
-    runs, traces, ours = [], [], {}
-    for other in (name, "diffusion", "bfn-continuous", "bfn-discretized", "bfn-discrete"):
+    runs, traces, settings = {}, {}, {}
+    for other in ("diffusion", "bfn-continuous", "bfn-discretized", "bfn-discrete"):
         with contextlib.suppress(OSError, ValueError, KeyError):  # no run, or not finished
             run = json.loads((out_dir / other / "metrics.json").read_text(encoding="utf-8"))
-            trace = torch.load(out_dir / other / "trace.pt", weights_only=True)
-            theirs = {**run["settings"], "model": "", "epochs": len(run["history"]), **run["final"]["sampling"],
-                      "sampler": "", "steps of the pictures": trace["steps"]}
-            ours = ours or theirs
-            if theirs == ours:
-                runs, traces = [*runs, run], [*traces, trace]
-            else:
-                print(f"{other} is not compared with {name}, whose settings are others: {theirs} and {ours}")
-    runs, traces = runs[1:], traces[1:]  # ours came twice
-    if len(runs) < 2 or runs[0]["title"] != "DDPM":
+            settings[other] = {**run["settings"], **run["final"]["sampling"], "epochs": len(run["history"]),
+                               "model": "", "sampler": ""}
+            traces[other] = torch.load(out_dir / other / "trace.pt", weights_only=True)
+            runs[other] = run
+    same = [other for other in runs if settings[other] == settings[name]]
+    if len(same) < len(runs):
+        print(f"not compared with {name}, as their settings differ: {', '.join(set(runs) - set(same))}")
+    if len(same) < 2 or same[0] != "diffusion":
         return
+    runs, traces, ours = [runs[other] for other in same], [traces[other] for other in same], settings[name]
     folder = out_dir / "comparison"
     folder.mkdir(exist_ok=True)
     subject = f"DDPM and BFN on {ours['dataset']}, {ours['epochs']} epochs each"
@@ -683,7 +684,6 @@ def compare(out_dir, name):
 
 
 ROWS = {"parameters": "{parameters:,}", "training, images/s (median epoch)": "{images_per_second:.0f}",
-        "seconds for nine digits": "{seconds_nine:.2f}",
         "test bound on code length (± standard error)": "{bound:.3f} ± {bound_se:.3f} {unit}",
         "Fréchet distance (real digits)": "{frechet:.2f} ({frechet_real:.2f})",
         "right (real digits)": "{right:.1%} ({right_real:.1%})",

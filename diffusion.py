@@ -6,25 +6,28 @@
 
     python diffusion.py                       (`python diffusion.py --help` lists the flags)
 
-Noise is added to an image x_0 in T steps, x_1, ..., x_T, until nothing of the image is left. A network learns to undo
-such a step; from pure noise, T steps back make a new image. This file is all of it but the network, in this order: the
-noise schedule, the loss, the sampler, the likelihood bound, the training loop. Equation numbers are those of
+Noise is added to an image x_0 in T steps, x_1, ..., x_T, until nothing of it is left. A network learns to predict
+x_0 from x_t; a step back draws x_{t-1} from x_t and that prediction; from pure noise, T steps back make a new image.
+Below is all of it but the network, in this order: noise schedule, loss, sampler, likelihood bound, training loop.
+Equation numbers are those of
 
     DDPM  Ho et al. 2020, Denoising diffusion probabilistic models, arXiv 2006.11239
-    DDIM  Song et al. 2021, Denoising diffusion implicit models, arXiv 2010.02502
+    DDIM  Song et al. 2021, Denoising diffusion implicit models, arXiv 2010.02502 (its alpha is alpha_bar)
+
+Images are float [B, 1, 28, 28] in [-1, 1], labels int64 [B]. t is the step, 1 to T, a tensor [B] on the CPU; 0 is the
+image. A step of the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps, eps ~ N(0, I). alpha_bar_t
+is the product of 1 - beta up to t, so that beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}. The model is
+p(x_{t-1} | x_t) = q(x_{t-1} | x_t, x_0_hat), where x_0_hat is the prediction.
 
 Departures from DDPM:
 
-1. The network is told the digit, and the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
-   2207.12598): `label` and `guidance` below. `--no-labels` trains without.
+1. The network is told the digit, but for a tenth of the images in training (their label is common.NOT_TOLD, with
+   `--no-labels` all labels are), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
+   2207.12598): `label` and `guidance` below.
 2. The noise schedule is a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17 with s = 0): `alpha_bar`.
 3. The network predicts v, not eps (Salimans & Ho 2022, arXiv 2202.00512): `loss`, `predict_x_0`.
-4. The network also sees Fourier features of the image (Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
-5. The learning rate rises over 200 steps and then falls as one over the square root of the steps: `main`.
-
-Images are float [B, 1, 28, 28] in [-1, 1]. t is the step, 1 to T, a tensor [B] on the CPU; 0 is the image. A step of
-the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps. alpha_bar_t is the product of 1 - beta up
-to t: the factor on the image's variance in x_t. p is the learnt process back.
+4. It also sees Fourier features of x_t / sqrt(alpha_bar_t) (Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
+5. AdamW, whose learning rate rises over 200 updates and then falls to 0 in a straight line: `main`.
 """
 import math
 
@@ -43,7 +46,8 @@ def alpha_bar(t):
 
 
 def signal_and_noise(t, x):
-    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t [B], each [B, 1, 1, 1], to go with images x."""
+    """The factors on x_0 and on eps in x_t, sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t [B], each [B, 1, 1, 1],
+    of images x's type and on their device."""
     return common.column(alpha_bar(t).sqrt(), x), common.column((1 - alpha_bar(t)).sqrt(), x)
 
 
@@ -61,10 +65,11 @@ def q_sample(x_0, t, eps):
 def predict_v(net, x_t, t, label):
     """The network's prediction, [B, 1, 28, 28], of v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
 
-    DDPM's network predicts eps. Where x_t is nearly all noise, eps tells nothing of the image; there, v is -x_0.
+    DDPM's network predicts eps. But x_T is eps, and x_0 would be (x_T - eps) / 0; v is -x_0 there. (x_t, v) is
+    (x_0, eps) turned by an angle, so that x_0 follows from x_t and v, see `predict_x_0`.
     """
     signal, noise = signal_and_noise(t, x_t)
-    signal = signal.clamp(min=1e-3)  # it is 0 at T, where the features vanish
+    signal = signal.clamp(min=1e-3)  # 0 at T; under so much noise the features are 0
     features = common.fourier_features(x_t / signal, noise / signal)
     return net(torch.cat([x_t, features], dim=1), t / T, label)
 
@@ -74,19 +79,20 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
     x_0_hat = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
 
-    where, by classifier-free guidance of weight w, w - 1 in its paper, v becomes  v + (w - 1) (v - v without label).
+    Classifier-free guidance of weight w (1 + w in its paper) takes v_none + w (v_label - v_none) for v.
     """
     v = predict_v(net, x_t, t, label)
     if guidance != 1:
-        v = v + (guidance - 1) * (v - predict_v(net, x_t, t, torch.full_like(label, common.NOT_TOLD)))
+        v_none = predict_v(net, x_t, t, torch.full_like(label, common.NOT_TOLD))
+        v = v_none + guidance * (v - v_none)
     signal, noise = signal_and_noise(t, x_t)
     return (signal * x_t - noise * v).clamp(-1, 1)
 
 
 def loss(net, x_0, label):
-    """Algorithm 1, lines 3 to 5: the training loss of a batch, a scalar. (DDPM eq. 14, of v instead of eps.)"""
+    """Algorithm 1, lines 3 to 5: the training loss, a scalar, which is DDPM eq. 14 with v for eps."""
     t = torch.randint(1, T + 1, (len(x_0),))
-    eps = common.randn_like(x_0)
+    eps = common.randn_like(x_0)  # drawn on the CPU: the same on every device
     x_t = q_sample(x_0, t, eps)
     signal, noise = signal_and_noise(t, x_0)
     v = signal * eps - noise * x_0
@@ -95,19 +101,19 @@ def loss(net, x_0, label):
 
 # --------------------------------------------------------------------------------------------------- the sampler
 
-SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # name: eta
+SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # the eta of DDIM eq. 16; with 1 it is DDPM's sampler
 
 
 @torch.no_grad()
 def sample(net, label, steps=T, sampler="ancestral", guidance=1):
     """From noise to one image for each label [N]: yields (t / T, x_t, x_0_hat) before each step, each [N, 1, 28, 28],
-    and last (0, x_0, x_0). A step from t to s < t, with eps_hat the noise that makes x_t of x_0_hat in eq. 4:
+    and last (0, x_0, x_0). A step from t to s < t, with the eps_hat that solves DDPM eq. 4 for x_t and x_0_hat:
 
     x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps_hat + sigma z,  z ~ N(0, I)   (DDIM eq. 12)
     sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s)               (DDIM eq. 16)
 
     With eta = 1 and s = t - 1 this is DDPM's algorithm 2, with x_0_hat clipped: the mean is mu_tilde and sigma^2 is
-    beta_tilde of its eq. 7. With eta = 0 no noise is added (DDIM). With other than T steps, t may lie between steps.
+    beta_tilde of its eq. 7. With eta = 0 no noise is added (DDIM). If steps does not divide T, t is fractional.
     """
     eta = SAMPLERS[sampler]
     x_t = torch.randn(len(label), 1, 28, 28).to(next(net.parameters()).device)  # x_T
@@ -125,11 +131,11 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
 # ------------------------------------------------------------------------------------------------ the likelihood
 
 def kl_step(x_0, x_0_hat, t):
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], for t in 2..T (DDPM eq. 8). Both are normals of
-    variance beta_tilde_t, around the mu_tilde_t of x_0 and of x_0_hat; by eq. 7 these differ by
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], for t in 2..T (DDPM eq. 8). Both are normals, with
+    the x_0 or the x_0_hat in their means (DDPM eq. 7)
 
-    mu_tilde_t(x_t, x_0) - mu_tilde_t(x_t, x_0_hat) = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) (x_0 - x_0_hat)
-    beta_tilde_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
+    mu_tilde_t = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0 + (...) x_t
+    beta_tilde_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t,  the variance
     """
     a_t, a_s = alpha_bar(t), alpha_bar(t - 1)
     beta = 1 - a_t / a_s
@@ -140,23 +146,23 @@ def kl_step(x_0, x_0_hat, t):
 
 @torch.no_grad()
 def bound(net, x_0, label):
-    """An upper bound on -ln p(x_0 | label) in nats, as its three terms, each [B] (DDPM eq. 5):
+    """An unbiased estimate of an upper bound on -ln p(x_0 | label) in nats, as its three terms, each [B] (DDPM eq. 5):
 
     L = L_T + sum_{t=2..T} L_{t-1} + L_0
 
-    prior, what x_T tells of x_0; diffusion, the steps back; decoder, from x_1 to grey values (eq. 13). The sum is
-    estimated without bias from one t for each image, drawn with probability p(t) proportional to 1 / t, since its
-    terms fall roughly like that. Without guidance.
+    prior, L_T: 0 here, as alpha_bar_T is; diffusion, the sum; decoder, L_0, from x_1 to grey values (DDPM eq. 13). The
+    sum is estimated from one t for each image, drawn with probability proportional to 1 / t, since its terms fall
+    roughly like that. No guidance is used.
     """
-    p = 1 / torch.arange(2, T + 1).double()
-    p = p / p.sum()
-    t = 2 + torch.multinomial(p, len(x_0), replacement=True)
+    probability = 1 / torch.arange(2, T + 1).double()  # of t = 2..T
+    probability = probability / probability.sum()
+    t = 2 + torch.multinomial(probability, len(x_0), replacement=True)
     x_0_hat = predict_x_0(net, q_sample(x_0, t, common.randn_like(x_0)), t, label)
-    diffusion = kl_step(x_0, x_0_hat, t) / p[t - 2].float().to(x_0.device)
+    diffusion = kl_step(x_0, x_0_hat, t) / probability[t - 2].float().to(x_0.device)
 
     t = torch.ones(len(x_0))
     x_0_hat = predict_x_0(net, q_sample(x_0, t, common.randn_like(x_0)), t, label)
-    sigma_1 = (1 - alpha_bar(1).item()) ** 0.5
+    sigma_1 = (1 - alpha_bar(1).item()) ** 0.5  # sqrt(beta_1); beta_tilde_1 is 0
     decoder = common.discretized_normal_nll(x_0, x_0_hat, sigma_1).flatten(1).sum(1)
 
     signal, noise = signal_and_noise(torch.full((len(x_0),), T), x_0)  # KL(N(signal x_0, noise^2) || N(0, 1))
@@ -170,7 +176,7 @@ def main(argv=None):
     args = common.parse_args(__doc__, argv, list(SAMPLERS))
     torch.manual_seed(args.seed)
     net = common.UNet(in_channels=1 + 16, out_channels=1).to(args.device)
-    ema = common.EMA(net)
+    ema = common.EMA(net)  # the average of the weights: it samples and is measured, and counts the updates
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "diffusion", "DDPM", "bits/dim", "x_t", net, ema, optimizer, sample, bound)
     if args.sample:
@@ -179,10 +185,10 @@ def main(argv=None):
     while len(run.history) < args.epochs:  # an interrupted run goes on from its last finished epoch
         losses = []
         for x_0, label in run.batches():
-            step = int(ema.n_averaged) + 1
+            update = int(ema.n_averaged) + 1
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(step / 200, (200 / step) ** 0.5)
-            label = torch.where(torch.rand(len(label)) < 0.1, common.NOT_TOLD, label)
+                group["lr"] = args.lr * min(update / 200, 1 - update / run.updates)
+            label = torch.where(torch.rand(len(label)) < 0.1, common.NOT_TOLD, label)  # for guidance
             batch_loss = loss(net, x_0, label)
             optimizer.zero_grad()
             batch_loss.backward()
