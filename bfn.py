@@ -7,12 +7,12 @@
     python bfn.py                             (`python bfn.py --help` lists the flags)
     python bfn.py --data-type discrete
 
-Alice sends Bob an image in messages, each of them the image under noise; how much a message tells is its accuracy (for
+Alice sends Bob an image in messages, each of them the image plus noise; how much a message tells is its accuracy (for
 grey values, the inverse of its noise's variance). Bob has a belief about each pixel on its own (the input distribution,
-with parameters theta) and improves it with each message by Bayes' rule. A network looks at all of these beliefs
-together and predicts the image (the output distribution, of mean x_hat). A message costs the fewer bits the better Bob
-predicted what it would say, and so the network's errors add up to the length of a code for the image. With no Alice,
-Bob makes up her messages from his own predictions, and a new image appears.
+set by theta and t) and improves it with each message by Bayes' rule. A network looks at all of these beliefs together
+and predicts the image (the output distribution, of mean x_hat). The better Bob predicted a message, the fewer bits it
+costs, and so the network's errors add up to the length of a code for the image. With no Alice, Bob makes up her
+messages from his own predictions, and a new image appears.
 
 Below is all of it but the network, in this order: messages, data types, loss, sampler, likelihood bound, training loop.
 Sections and equations are those of Graves et al. 2023, Bayesian flow networks, arXiv 2308.07037. Time t is a tensor [B]
@@ -20,16 +20,16 @@ in [0, 1], on the CPU: at 0 Bob knows nothing of the image, at 1 nearly all. (In
 
 Departures from it:
 
-1. The network is told the digit, but for a tenth of the images in training (their label is common.NOT_TOLD, with
-   `--no-labels` all labels are), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
-   2207.12598): `label` and `guidance` below.
-2. Of grey values the network sees and says what has unit size at all times: it says v (Salimans & Ho 2022, arXiv
-   2202.00512) where the paper's says eps, and x_hat is not clipped in training. For classes it adds to theta: `output`.
+1. The network is told the digit, except for a tenth of the training images (label common.NOT_TOLD; with `--no-labels`,
+   for all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): `label` and
+   `guidance` below.
+2. For grey values the network sees mu scaled to unit size, not mu, and predicts v (Salimans & Ho 2022, arXiv
+   2202.00512), not eps; training does not clip x_hat. For classes theta is added to its output: `output`.
 3. It also sees Fourier features of grey values (Kingma et al. 2021, arXiv 2107.00630), as in diffusion.py.
-4. More times are early, where a digit takes shape, in training (of grey values) and in sampling: `loss`, `times`.
-5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`. The paper's messages
-   and times are had by `--sampler paper --guidance 1`.
-6. AdamW's learning rate rises over 200 updates and then falls to 0 in a straight line: `main`.
+4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
+5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`.
+   `--sampler paper --guidance 1` samples with the paper's messages and times.
+6. AdamW's learning rate is the lesser of a rise over 200 updates and a straight fall to 0: `main`.
 """
 import functools
 import math
@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 import common
 
-T_MIN = 1e-5  # no earlier time is used: `output` divides by beta(t). As in Xue et al. 2024, arXiv 2404.15766
+T_MIN = 1e-5  # the earliest t: `output` and "ode" divide by beta(t), as do Xue et al. 2024, arXiv 2404.15766
 
 
 # -------------------------------------------------------------------------------------------------- the messages
@@ -47,9 +47,9 @@ T_MIN = 1e-5  # no earlier time is used: `output` divides by beta(t). As in Xue 
 #
 #     y ~ N(alpha s(x), c alpha)          s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
-# For classes this is eq. 157; for grey values it is alpha times that of eq. 86, whose noise has variance 1 / alpha. In
-# these units Bayes' rule is an addition: theta is the sum of all messages so far. With beta, the sum of accuracies,
-# Bob's belief is: for grey values a normal of mean mu = theta / (1 + beta) and precision rho = 1 + beta (eq. 49, 50,
+# For classes this is eq. 157; for grey values it is alpha times eq. 86's, x plus noise of variance 1 / alpha. In these
+# units Bayes' rule is an addition: our theta is the sum of all messages so far. With beta, the sum of accuracies, Bob's
+# belief is: for grey values a normal of mean mu = theta / (1 + beta) and precision rho = 1 + beta (eq. 49, 50,
 # from the prior mu = 0, rho = 1), for classes the probabilities softmax(theta) (eq. 171).
 
 def sender(data, x, alpha, eps):
@@ -71,7 +71,7 @@ def flow(data, x, t, eps):
 #   belief(theta, t)                              the mean of the input distribution, for pictures
 #   output(net, theta, t, label)                  the output distribution: the tensor of its parameters
 #   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) in nats, for each pixel
-#   times(u), uniform_share                       times for u uniform in [0, 1]; the share of t = u in training
+#   times(u), uniform_share                       sampling times for u in [0, 1]; training's share of t = u
 
 class Continuous:
     """Grey values as real numbers (§4): x is the image, [B, 1, 28, 28] in [-1, 1]."""
@@ -80,7 +80,7 @@ class Continuous:
     sigma_1 = 0.001  # the deviation of Bob's belief at t = 1; grey values are 0.0078 apart
     uniform_share = 0.25
     unit = "bits/dim"
-    channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; of what the network sees: mu, features; and says: v
+    channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; net input (scaled mu, features); net output (v)
 
     encode = decode = s = mean = draw = staticmethod(lambda x: x)  # the output distribution is all on x_hat
 
@@ -95,7 +95,7 @@ class Continuous:
         return theta / (1 + common.column(self.beta(t), theta))
 
     def output(self, net, theta, t, label):
-        """x_hat (and, for discretized data, a ln deviation). With gamma = beta / (1 + beta) the network sees
+        """x_hat (for discretized data, a normal's mean, ln deviation). With gamma = beta / (1 + beta) the network sees
         mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, which is a diffusion model's x_t with gamma for
         alpha_bar, and says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So  x_hat = mu - sqrt(1 - gamma) v.
 
@@ -104,8 +104,8 @@ class Continuous:
         """
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation of the input distribution
-        features = common.fourier_features(theta / beta, beta ** -0.5)  # of x + eps / sqrt(beta), and its deviation
-        said = net(torch.cat([theta / (beta * (1 + beta)).sqrt(), features], dim=1), t, label)  # v; ln ratio, if any
+        features = common.fourier_features(theta / beta, beta ** -0.5)  # of x + eps / sqrt(beta); its noise's size
+        said = net(torch.cat([theta / (beta * (1 + beta)).sqrt(), features], dim=1), t, label)  # v; ln(dev. / sigma)
         return torch.cat([mu - sigma * said[:, :1], (sigma.log() + said[:, 1:]).clamp(-12, 2)], dim=1)
 
     def nll(self, output, x):
@@ -113,8 +113,8 @@ class Continuous:
         return common.discretized_normal_nll(x, output.clamp(-1, 1), self.sigma_1)
 
     def times(self, u):
-        """The noise levels of diffusion.py: 1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t. (In the paper
-        t = u; but a digit has its shape by t = 0.2.)"""
+        """1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t: the noise of diffusion.py at (1 - u) T. (In the
+        paper t = u; but a digit has its shape by t = 0.2.)"""
         return (torch.sin(math.pi / 2 * (1 - u)).log() / math.log(self.sigma_1)).clamp(max=1)
 
 
@@ -127,8 +127,8 @@ class Discretized(Continuous):
 
     def mean(self, output):
         """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
-        For a deviation below 1 only the ten terms around the mean are computed, as those below are 1, those above 0.
-        For larger ones the mean of X clipped to 0..255 is taken; it is off by 0.02 grey values at most."""
+        For deviations < 1 it computes the ten terms nearest the mean; the terms before are 1, those after 0. For larger
+        ones it is the mean of X clipped to 0..255, which is off by 0.02 grey values at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
         m, sigma = (output[:, :1] + 1) * 127.5, output[:, 1:].exp() * 127.5
         narrow = k = m.detach().round().clamp(0, 255)
@@ -136,8 +136,8 @@ class Discretized(Continuous):
             edge = k + j + 0.5
             narrow = narrow + (edge > 0) * (edge < 255) * (Phi((m - edge) / sigma) - int(j < 0))
         a, b = -m / sigma, (255 - m) / sigma
-        slope = ((-a ** 2 / 2).exp() - (-b ** 2 / 2).exp()) / (2 * math.pi) ** 0.5
-        wide = 255 + m * (Phi(b) - Phi(a)) - 255 * Phi(b) + sigma * slope
+        difference = ((-a ** 2 / 2).exp() - (-b ** 2 / 2).exp()) / (2 * math.pi) ** 0.5
+        wide = 255 + m * (Phi(b) - Phi(a)) - 255 * Phi(b) + sigma * difference
         return torch.where(sigma < 1, narrow, wide) / 127.5 - 1
 
     def draw(self, output):
@@ -206,7 +206,7 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 # ------------------------------------------------------------- the loss, the sampler, the likelihood
 
 def loss_at(data, net, x, t, label, clip=math.inf):
-    """The integrand of L_inf at time t, in nats, [B]: what infinitely many, infinitely small messages cost Bob.
+    """The integrand at t, in nats, [B], of L_inf, the cost of infinitely many, infinitely small messages.
 
     A message costs the KL divergence between the one sent and the one expected, which is, for small alpha,
     alpha / (2 c) ||s(x) - s(x_hat)||^2. Those between t and t + dt have accuracy alpha(t) dt. So
@@ -222,16 +222,16 @@ def loss_at(data, net, x, t, label, clip=math.inf):
 
 
 def loss(data, net, x, label):
-    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8). The density of t is not divided out where
-    it is not the paper's, t = u, so that early times count more."""
+    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8). No weight makes up for times(u) being
+    earlier than the paper's t = u: early times count more."""
     u = torch.rand(len(x))
     t = torch.where(torch.rand(len(x)) < data.uniform_share, u, data.times(u)).clamp(min=T_MIN)
     return loss_at(data, net, x, t, label).mean() / 784
 
 
 def guided_output(data, net, theta, t, label, guidance):
-    """The output distribution at time t, a 0-d tensor, as its parameters p: x_hat, mean and ln deviation, or logits.
-    Classifier-free guidance of weight w (1 + w in its paper) makes them  p_none + w (p_label - p_none)."""
+    """The output distribution at time t, a 0-d tensor, as its parameters p. Classifier-free guidance makes them
+    p_none + w (p_label - p_none), where w is its paper's 1 + w."""
     t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
     if guidance == 1:
@@ -242,13 +242,13 @@ def guided_output(data, net, theta, t, label, guidance):
 
 @torch.no_grad()
 def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
-    """From a belief that knows nothing to one image for each label [N]: yields (t, belief, x_hat) as images
-    [N, 1, 28, 28] before each step, and last a draw from the output distribution in place of x_hat.
+    """From a belief that is noise to one image for each label [N]: yields t, belief, x_hat (images [N, 1, 28, 28])
+    before each step, and last a draw from the output distribution in place of x_hat.
 
     "paper" is algorithms 3, 6 and 9: Bob makes up a message about a draw from the output distribution. In "mean" it is
-    about x_hat: with few steps, draws that each pixel makes on its own look like grain. "ode" adds no noise on the way:
-    theta moves to where it would be at the next time if the image were x_hat and all noise so far the same (Xue et al.,
-    §4, §5). All start at T_MIN with a theta that is noise of the size it has there; the paper starts from the prior.
+    about x_hat: with few steps, pixels drawn independently of each other look grainy. "ode" draws no new noise: it
+    solves theta = flow(x_hat, t, eps) for eps and moves to flow(x_hat, t_next, eps) (Xue et al., §4, §5). All start at
+    T_MIN, theta being the noise it has there; the paper starts from theta = 0 at t = 0.
     """
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -272,9 +272,8 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
 
 @torch.no_grad()
 def bound(data, net, images, label):
-    """An upper bound on -ln p(image | label) in nats, as its two terms, each [B]: the messages' cost, L_inf, and the
-    reconstruction, -ln of the output distribution at t = 1 (§3.5). An unbiased estimate from one t for each image,
-    without guidance."""
+    """An estimate, from one t per image, of an upper bound on -ln p(x | label) in nats, as its two terms, each [B]: the
+    messages' cost, L_inf, and the reconstruction, `nll` at t = 1 (§3.5). No guidance is used."""
     x = data.encode(images)
     messages = loss_at(data, net, x, torch.rand(len(x)).clamp(min=T_MIN), label, clip=1)
     t = torch.ones(len(x))

@@ -28,7 +28,7 @@ from torch import nn
 
 NOT_TOLD = 10  # the label of an image whose class the network is not told
 NINE = torch.arange(1, 10)  # the digits of all pictures, in reading order
-STEPS, GUIDANCE, LR = 50, 1.25, 8e-3  # defaults of the command line
+STEPS, GUIDANCE, LR = 20, 1.25, 5e-3  # defaults of the command line
 FORMAT = 2  # of checkpoints
 torch.backends.nnpack.set_flags(False)  # it would slow down convolutions where torch has no oneDNN (Apple silicon)
 
@@ -259,7 +259,7 @@ def parse_args(description, argv, samplers, data_types=()):
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add = parser.add_argument
     add("--epochs", type=count, default=20, help="train until this many epochs are done (default %(default)s)")
-    add("--batch-size", type=count, default=128, metavar="B", help="images a step (default %(default)s)")
+    add("--batch-size", type=count, default=64, metavar="B", help="images a step (default %(default)s)")
     add("--lr", type=number(float, 1e-9, 1e9), default=LR, help="highest learning rate (default %(default)s)")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: cuda if usable, else cpu")

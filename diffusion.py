@@ -16,18 +16,20 @@ Equation numbers are those of
 
 Images are float [B, 1, 28, 28] in [-1, 1], labels int64 [B]. t is the step, 1 to T, a tensor [B] on the CPU; 0 is the
 image. A step of the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps, eps ~ N(0, I). alpha_bar_t
-is the product of 1 - beta up to t, so that beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}. The model is
-p(x_{t-1} | x_t) = q(x_{t-1} | x_t, x_0_hat), where x_0_hat is the prediction.
+is the product of 1 - beta up to t, so that beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}. The model, for t > 1, is
+p(x_{t-1} | x_t) = q(x_{t-1} | x_t, x_0_hat), where x_0_hat is predicted.
 
 Departures from DDPM:
 
-1. The network is told the digit, but for a tenth of the images in training (their label is common.NOT_TOLD, with
-   `--no-labels` all labels are), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
-   2207.12598): `label` and `guidance` below.
+1. The network is told the digit, except for a tenth of the training images (label common.NOT_TOLD; with `--no-labels`,
+   for all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): `label` and
+   `guidance` below.
 2. The noise schedule is a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17 with s = 0): `alpha_bar`.
-3. The network predicts v, not eps (Salimans & Ho 2022, arXiv 2202.00512): `loss`, `predict_x_0`.
+3. The network predicts v, not eps (Salimans & Ho 2022, arXiv 2202.00512): `predict_v`, `loss`.
 4. It also sees Fourier features of x_t / sqrt(alpha_bar_t) (Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
-5. AdamW, whose learning rate rises over 200 updates and then falls to 0 in a straight line: `main`.
+5. AdamW; the learning rate is the lesser of a rise over 200 updates and a straight fall to 0: `main`.
+6. x_0_hat is clipped to the range of pixels in sampler and bound, and the sampler may take fewer steps: `sample`.
+   `--steps 1000 --guidance 1` samples as DDPM does.
 """
 import math
 
@@ -65,11 +67,11 @@ def q_sample(x_0, t, eps):
 def predict_v(net, x_t, t, label):
     """The network's prediction, [B, 1, 28, 28], of v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
 
-    DDPM's network predicts eps. But x_T is eps, and x_0 would be (x_T - eps) / 0; v is -x_0 there. (x_t, v) is
-    (x_0, eps) turned by an angle, so that x_0 follows from x_t and v, see `predict_x_0`.
+    DDPM's network predicts eps. But at T x_t = eps, which leaves x_0 = 0 / 0; v is -x_0 there. (x_t, v) is (x_0, eps)
+    turned by an angle, so that x_0 follows from x_t and v, see `predict_x_0`.
     """
     signal, noise = signal_and_noise(t, x_t)
-    signal = signal.clamp(min=1e-3)  # 0 at T; under so much noise the features are 0
+    signal = signal.clamp(min=1e-3)  # 0 at T; so much noise fades the features to 0
     features = common.fourier_features(x_t / signal, noise / signal)
     return net(torch.cat([x_t, features], dim=1), t / T, label)
 
@@ -79,7 +81,7 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
     x_0_hat = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
 
-    Classifier-free guidance of weight w (1 + w in its paper) takes v_none + w (v_label - v_none) for v.
+    Classifier-free guidance uses v = v_none + w (v_label - v_none), where w is its paper's 1 + w.
     """
     v = predict_v(net, x_t, t, label)
     if guidance != 1:
@@ -90,7 +92,7 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 
 def loss(net, x_0, label):
-    """Algorithm 1, lines 3 to 5: the training loss, a scalar, which is DDPM eq. 14 with v for eps."""
+    """Algorithm 1, lines 3 to 5: the training loss, a scalar, which is DDPM eq. 14 with v for eps, per pixel."""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = common.randn_like(x_0)  # drawn on the CPU: the same on every device
     x_t = q_sample(x_0, t, eps)
@@ -106,8 +108,8 @@ SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # the eta of DDIM eq. 16; with 1 it 
 
 @torch.no_grad()
 def sample(net, label, steps=T, sampler="ancestral", guidance=1):
-    """From noise to one image for each label [N]: yields (t / T, x_t, x_0_hat) before each step, each [N, 1, 28, 28],
-    and last (0, x_0, x_0). A step from t to s < t, with the eps_hat that solves DDPM eq. 4 for x_t and x_0_hat:
+    """From noise to one image for each label [N]: yields (t / T, x_t, x_0_hat) before each step, the latter two
+    [N, 1, 28, 28], and last (0, x_0, x_0). A step from t to s < t, with eps_hat from DDPM eq. 4, given x_t and x_0_hat:
 
     x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps_hat + sigma z,  z ~ N(0, I)   (DDIM eq. 12)
     sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s)               (DDIM eq. 16)
@@ -131,8 +133,8 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
 # ------------------------------------------------------------------------------------------------ the likelihood
 
 def kl_step(x_0, x_0_hat, t):
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], for t in 2..T (DDPM eq. 8). Both are normals, with
-    the x_0 or the x_0_hat in their means (DDPM eq. 7)
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], for t in 2..T (DDPM eq. 8). Both are normals (DDPM
+    eq. 7); the second has x_0_hat in place of x_0:
 
     mu_tilde_t = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0 + (...) x_t
     beta_tilde_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t,  the variance
@@ -151,8 +153,8 @@ def bound(net, x_0, label):
     L = L_T + sum_{t=2..T} L_{t-1} + L_0
 
     prior, L_T: 0 here, as alpha_bar_T is; diffusion, the sum; decoder, L_0, from x_1 to grey values (DDPM eq. 13). The
-    sum is estimated from one t for each image, drawn with probability proportional to 1 / t, since its terms fall
-    roughly like that. No guidance is used.
+    sum is estimated from one t for each image, drawn with probability proportional to 1 / t, roughly as its terms are.
+    No guidance is used.
     """
     probability = 1 / torch.arange(2, T + 1).double()  # of t = 2..T
     probability = probability / probability.sum()
