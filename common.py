@@ -30,7 +30,8 @@ NOT_TOLD = 10  # the label of an image whose class the network is not told
 NINE = torch.arange(1, 10)  # the digits of all pictures, in reading order
 STEPS, GUIDANCE, LR = 20, 1.25, 5e-3  # defaults of the command line
 FORMAT = 2  # of checkpoints
-torch.backends.nnpack.set_flags(False)  # it would slow down convolutions where torch has no oneDNN (Apple silicon)
+if hasattr(torch.backends, "nnpack"):
+    torch.backends.nnpack.set_flags(False)  # it slows down convolutions where torch has no oneDNN (Apple silicon)
 
 
 # --------------------------------------------------------------------------------------------------- the network
@@ -164,9 +165,8 @@ def fail(message):
 
 
 def load_data(name, folder, seed, limit=None):
-    """The data set called name, see --dataset: its full name, the training and the test set. Each is a pair of images,
-    uint8 [N, 1, 28, 28], and labels, int64 [N], where N is 60,000 and 10,000, or limit. Where it cannot be read this
-    ends the program, or, for "auto", goes on with drawn digits."""
+    """The data set called name, see --dataset: its full name, training and test set, each a pair of images, uint8
+    [N, 1, 28, 28], and labels, int64 [N]; N is 60,000 and 10,000, or limit. "auto" fails for broken files only."""
     if name == "drawn":
         return "drawn digits", *[drawn_digits(min(N, limit or N), 2 * seed + i) for i, N in enumerate((60000, 10000))]
     kind = getattr(torchvision.datasets, DATASETS["mnist" if name == "auto" else name])
@@ -214,11 +214,9 @@ def glyphs():
 
 
 def drawn_digits(n, seed):
-    """n digits drawn from matplotlib's own fonts, and warped: uint8 [n, 1, 28, 28], and labels, int64 [n].
-
-    The ten classes are equally often among each 2000, and each digit is warped by a smooth random field of its own. The
-    same seed gives the same digits, more of them for a larger n, and torch's global random state is left alone.
-    """
+    """n digits drawn from matplotlib's fonts, each warped by a smooth random field: uint8 [n, 1, 28, 28], and labels,
+    int64 [n]. The ten classes are equally often among each 2000. The same seed gives the same digits, more of them for
+    a larger n, and torch's global random state is left alone."""
     random = torch.Generator().manual_seed(seed)
     B, images, labels = 2000, [], []
     glyph = F.avg_pool2d(glyphs(), 3, stride=1, padding=1)
@@ -248,20 +246,20 @@ def to_uint8(images):
 
 def parse_args(description, argv, samplers, data_types=()):
     """The command line's flags. The first of samplers and of data_types, lists of names, is the default."""
-    def number(kind, low, high=math.inf):
-        def parse(text):
+    def within(kind, low, high=math.inf):
+        def number(text):
             if not low <= kind(text) < high:  # false for nan too
                 raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g})")
             return kind(text)
-        return parse
+        return number
 
-    count = number(int, 1)
+    count = within(int, 1)
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add = parser.add_argument
     add("--epochs", type=count, default=20, help="train until this many epochs are done (default %(default)s)")
     add("--batch-size", type=count, default=64, metavar="B", help="images a step (default %(default)s)")
-    add("--lr", type=number(float, 1e-9, 1e9), default=LR, help="highest learning rate (default %(default)s)")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
+    add("--lr", type=within(float, 1e-9, 1e9), default=LR, help="highest learning rate (default %(default)s)")
+    add("--seed", type=within(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: cuda if usable, else cpu")
     add("--out-dir", type=Path, default="out", metavar="DIR", help="where runs are kept (default %(default)s)")
     add("--data-dir", type=Path, default="data", metavar="DIR", help="where data sets lie (default %(default)s)")
@@ -271,7 +269,7 @@ def parse_args(description, argv, samplers, data_types=()):
     add("--steps", type=count, metavar="S", help=f"sampling steps (default {STEPS}, for the run's pictures 1000)")
     add("--sampler", choices=samplers, default=samplers[0], help="default: %(default)s")
     add("--label", type=int, choices=range(10), metavar="L", help="with --sample: draw this class only, 0 to 9")
-    add("--guidance", type=number(float, 0), metavar="W", help=f"of the sampler, 1 for none (default {GUIDANCE})")
+    add("--guidance", type=within(float, 0), metavar="W", help=f"of the sampler, 1 for none (default {GUIDANCE})")
     add("--no-labels", action="store_true", help="the network is never told the digit, as in the papers")
     add("--fresh", action="store_true", help="throw away the run that stands there and start over")
     if data_types:
@@ -280,8 +278,8 @@ def parse_args(description, argv, samplers, data_types=()):
     for wrong, message in [
             (args.sample and args.fresh, "--sample draws with the network that --fresh throws away"),
             (args.label is not None and not args.sample, "--label goes with --sample"),
-            (args.no_labels and (args.guidance or args.label) is not None, "--no-labels has no --guidance or --label"),
-            (args.batch_size > (args.limit or 60000), "--batch-size is more than there are training images")]:
+            (args.no_labels and (args.guidance, args.label) != (None, None), "--guidance and --label need labels"),
+            (args.batch_size > min(args.limit or 60000, 60000), "--batch-size is more than there are training images")]:
         if wrong:
             parser.error(message)
     if args.guidance is None:
@@ -290,7 +288,7 @@ def parse_args(description, argv, samplers, data_types=()):
     try:
         F.conv2d(torch.ones(1, 1, 3, 3, device=device), torch.ones(1, 1, 3, 3, device=device)).item()
     except (RuntimeError, AssertionError) as error:  # no such GPU, or too old for this torch, or full
-        reason = f"the GPU cannot be used ({str(error).splitlines()[0]})"
+        reason = f"the GPU cannot be used ({str(error).splitlines()[0][:200]})"
         if args.device != "auto":
             fail(f"{reason}; try --device cpu")
         print(f"{reason}: going on with the CPU", flush=True)
@@ -304,18 +302,20 @@ def run_script(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; finished epochs are kept: the same command (without --fresh) goes on", file=sys.stderr)
+        print("\nstopped; what was trained is kept: the same command (without --fresh) goes on", file=sys.stderr)
         sys.exit(130)
 
 
 def write(path, save):
     """Call save(temporary path beside it), then rename: there is never half a file at path."""
-    temporary = path.with_name("part-" + path.name)  # the suffix stays: it tells matplotlib the format
+    temporary = path.with_name(f"part-{os.getpid()}-{path.name}")  # its suffix tells matplotlib the format
     try:
         save(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter is torch.save's, of a full disk
-        fail(f"{path} could not be written ({error}); what stood there is still whole")
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and path.suffix != ".pt":  # it is torch.save's, of a full disk
+            raise
+        fail(f"{path} could not be written ({str(error).splitlines()[0]}); an older file there is kept")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -356,7 +356,7 @@ class Run:
             return
         try:
             (self.folder / "epochs").mkdir(parents=True, exist_ok=True)
-            for old in [] if there else [checkpoint, *self.folder.glob("epochs/*.png")]:
+            for old in [] if there else [checkpoint, self.folder / "metrics.json", *self.folder.glob("epochs/*.png")]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             fail(f"{self.folder} cannot be written to ({error.strerror})")
@@ -417,13 +417,13 @@ class Run:
         self.history.append(row)
         self.previews[epoch] = self.draw(NINE)
         self.final = {}  # it was that of fewer epochs
+        save_grids(self.folder / "epochs" / f"epoch_{epoch:03}.png", {"": self.previews[epoch]},
+                   f"{self.name}, epoch {epoch}")
         state = {"format": FORMAT, "settings": self.settings, "net": self.net.state_dict(),
                  "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(), "history": self.history,
                  "previews": self.previews, "random_state": torch.get_rng_state()}
         write(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
         self.write_metrics()
-        save_grids(self.folder / "epochs" / f"epoch_{epoch:03}.png", {"": self.previews[epoch]},
-                   f"{self.name}, epoch {epoch}")
 
     def write_metrics(self):
         metrics = {"settings": self.settings, "title": self.title, "unit": self.unit, "parameters": self.parameters,
@@ -467,13 +467,13 @@ class Run:
     def save_samples(self):
         """--sample N: draw N images into samples.pt, and the first nine of them into samples.png."""
         N, label = self.args.sample, self.args.label
-        images = self.draw(torch.arange(N) % 10 if label is None else torch.full((N,), label))
+        images = self.draw(torch.arange(1, N + 1) % 10 if label is None else torch.full((N,), label))
         write(self.folder / "samples.pt", lambda path: torch.save(images, path))
         save_grids(self.folder / "samples.png", {"": images[:9]}, self.name)
         print(f"{N} images -> {self.folder / 'samples.pt'}")
 
     def finish(self):
-        """What a run leaves at its end: final figures of merit, measured once, pictures, and the comparison."""
+        """What a run leaves at its end: final figures of merit, pictures, and the comparison."""
         sampling = {"steps": self.args.steps or STEPS, "sampler": self.args.sampler, "guidance": self.args.guidance}
         if self.final.get("sampling") != sampling:
             self.final = {"sampling": sampling, **self.measure_final()}
@@ -511,14 +511,14 @@ class Run:
         steps = self.args.steps or 1000
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.args.seed)
-            states, predictions = zip(*[(to_uint8(state), to_uint8(prediction)) for i, (_, state, prediction)
-                                        in enumerate(self.process(NINE, steps)) if i in spread(50, steps + 1)])
+            frames = [(to_uint8(state), to_uint8(prediction)) for _, state, prediction in self.process(NINE, steps)]
+        states, predictions = zip(*[frames[i] for i in spread(50, steps + 1)])
         trace = {"title": self.title, "state_name": self.state_name, "steps": steps, "states": torch.stack(states),
                  "predictions": torch.stack(predictions)}
         write(self.folder / "trace.pt", lambda path: torch.save(trace, path))
         name = f"{self.name}, {len(self.history)} epochs"
         shown = {f"epoch {1 + i}": self.previews[1 + i] for i in spread(6, len(self.previews))}
-        save_grids(self.folder / "training.png", shown, f"{name}: the same nine draws")
+        save_grids(self.folder / "training.png", shown, f"{name}: nine draws from the same noise")
         save_grids(self.folder / "samples.png", {"": predictions[-1]}, f"{name}: {steps} steps")
         save_steps(self.folder / "steps.png", [trace], f"{name}: {steps} steps")
         save_gif(self.folder / "process.gif", [trace], f"{name}: {steps} steps")
@@ -648,7 +648,7 @@ def save_curves(path, runs, title, columns):
             if column == "test":
                 axis.fill_between(x, y - error, y + error, alpha=0.25, linewidth=0)
         axis.set(xlabel="epoch", ylabel={"train_loss": "training loss", "test": f"test {runs[0]['unit']}"}[column])
-        axis.locator_params(axis="x", integer=True)
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
         axis.legend()
     write(path, figure.savefig)
 
@@ -662,13 +662,13 @@ def compare(out_dir, name):
     for other in ("diffusion", "bfn-continuous", "bfn-discretized", "bfn-discrete"):
         with contextlib.suppress(OSError, ValueError, KeyError):  # no run, or not finished
             run = json.loads((out_dir / other / "metrics.json").read_text(encoding="utf-8"))
-            settings[other] = {**run["settings"], **run["final"]["sampling"], "epochs": len(run["history"]),
-                               "model": "", "sampler": ""}
             traces[other] = torch.load(out_dir / other / "trace.pt", weights_only=True)
+            settings[other] = {**run["settings"], **run["final"]["sampling"], "epochs": len(run["history"]),
+                               "pictures' steps": traces[other]["steps"], "model": "", "sampler": ""}
             runs[other] = run
     same = [other for other in runs if settings[other] == settings[name]]
     if len(same) < len(runs):
-        print(f"not compared with {name}, as their settings differ: {', '.join(set(runs) - set(same))}")
+        print(f"not compared with {name}, as their settings differ: {', '.join(sorted(set(runs) - set(same)))}")
     if len(same) < 2 or same[0] != "diffusion":
         return
     runs, traces, ours = [runs[other] for other in same], [traces[other] for other in same], settings[name]
@@ -696,5 +696,5 @@ def table(runs, settings):
     for name, cell in ROWS.items():
         with contextlib.suppress(KeyError):  # a quick try measures less
             lines.append(f"| {name} | " + " | ".join(cell.format(**run, **run["final"]) for run in runs) + " |")
-    equal = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if value)
+    equal = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if value not in ("", None))
     return "\n".join(lines) + f"\n\nHeld equal: network, optimizer, {equal}.\n"
