@@ -28,7 +28,7 @@ from torch import nn
 
 NOT_TOLD = 10  # the label of an image whose class the network is not told
 NINE = torch.arange(1, 10)  # the digits of all pictures, in reading order
-STEPS, GUIDANCE, LR = 20, 1.25, 5e-3  # defaults of the command line
+STEPS, GUIDANCE, LR = 40, 1.1, 5e-3  # defaults of the command line
 FORMAT = 2  # of checkpoints
 if hasattr(torch.backends, "nnpack"):
     torch.backends.nnpack.set_flags(False)  # it slows down convolutions where torch has no oneDNN (Apple silicon)
@@ -364,7 +364,6 @@ class Run:
               f"{len(self.history)} epochs done -> {self.folder}", flush=True)
 
     def load(self, checkpoint):
-        """Load the checkpoint and the final figures beside it; returns its settings."""
         keep = "it is left as it is: move it away, or start over with --fresh"
         try:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # plain values, never code
@@ -492,14 +491,15 @@ class Run:
                  "parts": {name: term.mean().item() for name, term in terms.items()},
                  "images_per_second": median(row["images_per_second"] for row in self.history)}
         count = min(len(images), max(2000, 500 * len(self.history)))
-        if count < 2000:  # fewer say little
+        if count < 2000:
             return final
         classifier = trained_classifier(self.settings["dataset"], *self.train, self.args)
         asked = torch.arange(count) % 10
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.args.seed)
-            train, test = [to_uint8(self.real(to_float(part))) for part in (self.train[0][-count:], images)]
-        train, _, _ = judge(classifier, train, self.train[1][-count:])
+            chosen = torch.randperm(len(self.train[0]))[:count]
+            train, test = [to_uint8(self.real(to_float(part))) for part in (self.train[0][chosen], images)]
+        train, _, _ = judge(classifier, train, self.train[1][chosen])
         test, right_real, clear_real = judge(classifier, test, labels)
         drawn, right, clear = judge(classifier, self.draw(asked), asked)
         final.update({} if self.args.no_labels else {"right": right, "right_real": right_real})
@@ -531,8 +531,8 @@ def spread(count, total):
 
 
 def trained_classifier(name, images, labels, args):
-    """A small network that names digits: images are compared in its last hidden layer, of 64 features. It is trained
-    on the training set (about a minute) and kept beside the data, or where runs are, if the data are read-only."""
+    """A small network that names digits, in whose last hidden layer, of 64 features, images are compared. It is trained
+    on the training set (some minutes) and kept beside the data, or where runs are, if the data are read-only."""
     keep = args.data_dir if os.access(args.data_dir, os.W_OK) and args.data_dir.stat().st_mode & 0o200 else args.out_dir
     path = keep / f"classifier-{name.lower().replace(' ', '-')}-{len(images)}.pt"
     with torch.random.fork_rng(devices=[]):
