@@ -136,8 +136,8 @@ class Discretized(Continuous):
             edge = k + j + 0.5
             narrow = narrow + (edge > 0) * (edge < 255) * (Phi((m - edge) / sigma) - int(j < 0))
         a, b = -m / sigma, (255 - m) / sigma
-        difference = ((-a ** 2 / 2).exp() - (-b ** 2 / 2).exp()) / (2 * math.pi) ** 0.5
-        wide = 255 + m * (Phi(b) - Phi(a)) - 255 * Phi(b) + sigma * difference
+        phi_a, phi_b = [torch.exp(-z ** 2 / 2) / (2 * math.pi) ** 0.5 for z in (a, b)]
+        wide = 255 + m * (Phi(b) - Phi(a)) - 255 * Phi(b) + sigma * (phi_a - phi_b)
         return torch.where(sigma < 1, narrow, wide) / 127.5 - 1
 
     def draw(self, output):
@@ -203,7 +203,7 @@ class Discrete:
 TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discrete}
 
 
-# ------------------------------------------------------------- the loss, the sampler, the likelihood
+# --------------------------------------------------------------------------------- the loss, the sampler, the likelihood
 
 def loss_at(data, net, x, t, label, clip=math.inf):
     """The integrand at t, in nats, [B], of L_inf, the cost of infinitely many, infinitely small messages.

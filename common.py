@@ -482,8 +482,8 @@ class Run:
         compare(self.args.out_dir, self.settings["model"])
 
     def measure_final(self):
-        """The bound on the whole test set; Frechet distance and shares of right and of clear
-        digits, of 10,000 drawn ones (of fewer after less than 20 epochs: measuring should not outlast training)."""
+        """The bound on the whole test set; Frechet distance and shares of right and of clear digits, of 10,000 drawn
+        ones (of fewer after less than 20 epochs: measuring should not outlast training)."""
         images, labels = self.test
         terms = self.measure(len(images), repeats=min(4, len(self.history)))
         total = sum(terms.values())
