@@ -21,15 +21,16 @@ in [0, 1], on the CPU: at 0 Bob knows nothing of the image, at 1 nearly all. (In
 Departures from it:
 
 1. The network is told the digit, except for a tenth of the training images (label common.NOT_TOLD; with `--no-labels`,
-   for all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): `label` and
-   `guidance` below.
+   for all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at middle
+   noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `label` and `guidance` below.
 2. For grey values the network sees mu scaled to unit size, not mu, and predicts v (Salimans & Ho 2022, arXiv
    2202.00512), not eps; training does not clip x_hat. For classes theta is added to its output: `output`.
 3. It also sees Fourier features of grey values (Kingma et al. 2021, arXiv 2107.00630), as in diffusion.py.
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
 5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`.
    `--sampler paper --guidance 1` samples with the paper's messages and times.
-6. AdamW's learning rate is the lesser of a rise over 200 updates and a straight fall to 0: `main`.
+6. Muon steps (Jordan et al. 2024) for 3x3 convolutions, AdamW's for the rest; the learning rate is the lesser of a
+   rise over 200 updates and a straight fall to 0; the average of the weights is short: `main`.
 """
 import functools
 import math
@@ -203,7 +204,7 @@ class Discrete:
 TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discrete}
 
 
-# --------------------------------------------------------------------------------- the loss, the sampler, the likelihood
+# -------------------------------------------------------------------------- the loss, the sampler, the likelihood
 
 def loss_at(data, net, x, t, label, clip=math.inf):
     """The integrand at t, in nats, [B], of L_inf, the cost of infinitely many, infinitely small messages.
@@ -231,10 +232,12 @@ def loss(data, net, x, label):
 
 def guided_output(data, net, theta, t, label, guidance):
     """The output distribution at time t, a 0-d tensor, as its parameters p. Classifier-free guidance makes them
-    p_none + w (p_label - p_none), where w is its paper's 1 + w."""
+    p_none + w (p_label - p_none), where w is its paper's 1 + w. It acts where the noise in theta is 0.8 to 5 times as
+    strong as the image: there digits take shape."""
+    noise = (data.c / data.beta(t)) ** 0.5  # of theta / beta, in which s(x) is about 1
     t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
-    if guidance == 1:
+    if guidance == 1 or not 0.8 < noise < 5:
         return output
     output_none = data.output(net, theta, t, torch.full_like(label, common.NOT_TOLD))
     return output_none + guidance * (output - output_none)
@@ -288,8 +291,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = TYPES[args.data_type]()
     net = common.UNet(data.in_channels, data.out_channels).to(args.device)
-    ema = common.EMA(net)  # the average of the weights: it samples and is measured, and counts the updates
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
+    # the average of the weights: it samples and is measured, and counts the updates
+    ema = torch.optim.swa_utils.AveragedModel(net, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.995))
+    optimizer = common.Muon(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "bfn-" + args.data_type, f"BFN ({args.data_type})", data.unit, "belief", net, ema, optimizer,
                      functools.partial(sample, data), functools.partial(bound, data),
                      real=lambda images: data.decode(data.encode(images)))
@@ -301,7 +305,7 @@ def main(argv=None):
         for images, label in run.batches():
             update = int(ema.n_averaged) + 1
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(update / 200, 1 - update / run.updates)
+                group["lr"] = args.lr * min(update / 200, 1 - (update - 1) / run.updates)
             label = torch.where(torch.rand(len(label)) < 0.1, common.NOT_TOLD, label)  # for guidance
             batch_loss = loss(data, net, data.encode(images), label)
             optimizer.zero_grad()

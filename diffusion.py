@@ -22,12 +22,13 @@ p(x_{t-1} | x_t) = q(x_{t-1} | x_t, x_0_hat), where x_0_hat is predicted.
 Departures from DDPM:
 
 1. The network is told the digit, except for a tenth of the training images (label common.NOT_TOLD; with `--no-labels`,
-   for all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): `label` and
-   `guidance` below.
+   for all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at middle
+   noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `label` and `guidance` below.
 2. The noise schedule is a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17 with s = 0): `alpha_bar`.
 3. The network predicts v, not eps (Salimans & Ho 2022, arXiv 2202.00512): `predict_v`, `loss`.
 4. It also sees Fourier features of x_t / sqrt(alpha_bar_t) (Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
-5. AdamW; the learning rate is the lesser of a rise over 200 updates and a straight fall to 0: `main`.
+5. Muon steps (Jordan et al. 2024) for 3x3 convolutions and AdamW's for the rest, where DDPM has Adam; the learning
+   rate is the lesser of a rise over 200 updates and a straight fall to 0; the average of the weights is short: `main`.
 6. x_0_hat is clipped to the range of pixels in sampler and bound, and the sampler may take fewer steps: `sample`.
    `--steps 1000 --guidance 1` samples as DDPM does.
 """
@@ -116,14 +117,16 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
 
     With eta = 1 and s = t - 1 this is DDPM's algorithm 2, with x_0_hat clipped: the mean is mu_tilde and sigma^2 is
     beta_tilde of its eq. 7. With eta = 0 no noise is added (DDIM). If steps does not divide T, t is fractional.
+    Guidance acts where the noise in x_t is 0.8 to 5 times as strong as the image: there digits take shape.
     """
     eta = SAMPLERS[sampler]
     x_t = torch.randn(len(label), 1, 28, 28).to(next(net.parameters()).device)  # x_T
     times = torch.linspace(T, 0, steps + 1, dtype=torch.float64)
     for t, s in zip(times[:-1], times[1:]):
-        x_0_hat = predict_x_0(net, x_t, t.expand(len(label)), label, guidance)
-        yield t.item() / T, x_t, x_0_hat
         a_t, a_s = alpha_bar(t).item(), alpha_bar(s).item()
+        w = guidance if 0.8 < ((1 - a_t) / a_t) ** 0.5 < 5 else 1
+        x_0_hat = predict_x_0(net, x_t, t.expand(len(label)), label, w)
+        yield t.item() / T, x_t, x_0_hat
         eps_hat = (x_t - a_t ** 0.5 * x_0_hat) / (1 - a_t) ** 0.5
         sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
         x_t = a_s ** 0.5 * x_0_hat + max(1 - a_s - sigma ** 2, 0) ** 0.5 * eps_hat + sigma * common.randn_like(x_t)
@@ -178,8 +181,9 @@ def main(argv=None):
     args = common.parse_args(__doc__, argv, list(SAMPLERS))
     torch.manual_seed(args.seed)
     net = common.UNet(in_channels=1 + 16, out_channels=1).to(args.device)
-    ema = common.EMA(net)  # the average of the weights: it samples and is measured, and counts the updates
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
+    # the average of the weights: it samples and is measured, and counts the updates
+    ema = torch.optim.swa_utils.AveragedModel(net, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.995))
+    optimizer = common.Muon(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "diffusion", "DDPM", "bits/dim", "x_t", net, ema, optimizer, sample, bound)
     if args.sample:
         return run.save_samples()
@@ -189,7 +193,7 @@ def main(argv=None):
         for x_0, label in run.batches():
             update = int(ema.n_averaged) + 1
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(update / 200, 1 - update / run.updates)
+                group["lr"] = args.lr * min(update / 200, 1 - (update - 1) / run.updates)
             label = torch.where(torch.rand(len(label)) < 0.1, common.NOT_TOLD, label)  # for guidance
             batch_loss = loss(net, x_0, label)
             optimizer.zero_grad()
