@@ -7,30 +7,31 @@
     python bfn.py                             (`python bfn.py --help` lists the flags)
     python bfn.py --data-type discrete
 
-Alice sends Bob an image in messages, each of them the image plus noise; how much a message tells is its accuracy (for
-grey values, the inverse of its noise's variance). Bob has a belief about each pixel on its own (the input distribution,
-set by theta and t) and improves it with each message by Bayes' rule. A network looks at all of these beliefs together
-and predicts the image (the output distribution, of mean x_hat). The better Bob predicted a message, the fewer bits it
-costs, and so the network's errors add up to the length of a code for the image. With no Alice, Bob makes up her
-messages from his own predictions, and a new image appears.
+Alice sends Bob an image in messages, each of them the image plus noise; how much a message tells is its accuracy. Bob
+has a belief about each pixel on its own (the input distribution, set by theta, the sum of the messages, and by t) and
+improves it with each message by Bayes' rule. A network looks at all of these beliefs together and predicts the image
+(the output distribution, of mean x_hat). The better Bob predicted a message, the fewer bits it costs: the network's
+errors, and the image's cost given Bob's last prediction, add up to the length of a code for the image. With no Alice,
+Bob makes up her messages from his own predictions, and a new image appears.
 
-Below is all of it but the network, in this order: messages, data types, loss, sampler, likelihood bound, training loop.
-Sections and equations are those of Graves et al. 2023, Bayesian flow networks, arXiv 2308.07037. Time t is a tensor [B]
-in [0, 1], on the CPU: at 0 Bob knows nothing of the image, at 1 nearly all. (In diffusion.py the image is at 0.)
+Below are, in this order, messages, the types of data (grey values, continuous or discretized, and discrete classes),
+loss, sampler, likelihood bound and training loop. Sections and equations are those of Graves et al. 2023, Bayesian flow
+networks, arXiv 2308.07037. Time t, [B] or 0-d, is in [0, 1]: at 0 Bob knows nothing of the image, at 1 nearly all. (In
+diffusion.py the image is at 0.) t and labels are on the CPU.
 
-Departures from it:
+Departures from the paper:
 
-1. The network is told the digit, except for a tenth of the training images (label common.NOT_TOLD; with `--no-labels`,
-   for all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at middle
-   noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `label` and `guidance` below.
+1. The network is told the digit, but for a random tenth of each batch (label common.NOT_TOLD; with `--no-labels`, for
+   all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at middle noise
+   levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `main`, `guided_output`.
 2. For grey values the network sees mu scaled to unit size, not mu, and predicts v (Salimans & Ho 2022, arXiv
    2202.00512), not eps; training does not clip x_hat. For classes theta is added to its output: `output`.
-3. It also sees Fourier features of grey values (Kingma et al. 2021, arXiv 2107.00630), as in diffusion.py.
+3. The network also sees Fourier features of grey values (after Kingma et al. 2021, arXiv 2107.00630): `output`.
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
 5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`.
-   `--sampler paper --guidance 1` samples with the paper's messages and times.
-6. Muon steps (Jordan et al. 2024) for 3x3 convolutions, AdamW's for the rest; the learning rate is the lesser of a
-   rise over 200 updates and a straight fall to 0; the average of the weights is short: `main`.
+   `--sampler paper --guidance 1` samples with the paper's messages and times, from T_MIN on.
+6. The optimizer is Muon (Jordan et al. 2024) for 3x3 convolutions, AdamW for the rest; the learning rate rises over 200
+   updates and falls straight to 0; the sampler's weights are an average over some 200 updates: `main`.
 """
 import functools
 import math
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 
 import common
 
-T_MIN = 1e-5  # the earliest t: `output` and "ode" divide by beta(t), as do Xue et al. 2024, arXiv 2404.15766
+T_MIN = 1e-5  # the earliest t: grey values' `output` and the sampler "ode" (Xue et al. 2024) divide by beta(t)
 
 
 # -------------------------------------------------------------------------------------------------- the messages
@@ -48,10 +49,10 @@ T_MIN = 1e-5  # the earliest t: `output` and "ode" divide by beta(t), as do Xue 
 #
 #     y ~ N(alpha s(x), c alpha)          s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
-# For classes this is eq. 157; for grey values it is alpha times eq. 86's, x plus noise of variance 1 / alpha. In these
-# units Bayes' rule is an addition: our theta is the sum of all messages so far. With beta, the sum of accuracies, Bob's
-# belief is: for grey values a normal of mean mu = theta / (1 + beta) and precision rho = 1 + beta (eq. 49, 50,
-# from the prior mu = 0, rho = 1), for classes the probabilities softmax(theta) (eq. 171).
+# (mean, variance). For classes this is eq. 157; for grey values it is alpha times eq. 86's, x plus noise of variance
+# 1 / alpha. In these units Bayes' rule is an addition: our theta is the sum of all messages so far. Let beta be the sum
+# of their accuracies. Then Bob's belief is: for grey values a normal of mean mu = theta / (1 + beta) and precision
+# 1 + beta (eq. 49, 50, from the prior N(0, 1)), for classes the probabilities softmax(theta) (eq. 171).
 
 def sender(data, x, alpha, eps):
     """Alice's message y about x, of accuracy alpha, [B] or one number, made from noise eps ~ N(0, I) of x's shape."""
@@ -71,8 +72,8 @@ def flow(data, x, t, eps):
 #   beta(t), alpha(t)                             the accuracy of all messages up to t; its slope d beta / dt
 #   belief(theta, t)                              the mean of the input distribution, for pictures
 #   output(net, theta, t, label)                  the output distribution: the tensor of its parameters
-#   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) in nats, for each pixel
-#   times(u), uniform_share                       sampling times for u in [0, 1]; training's share of t = u
+#   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) at t = 1 in nats, for each pixel
+#   times(u), uniform_share                       times, mostly early, for u in [0, 1]; share of training's t that are u
 
 class Continuous:
     """Grey values as real numbers (§4): x is the image, [B, 1, 28, 28] in [-1, 1]."""
@@ -100,8 +101,8 @@ class Continuous:
         mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, which is a diffusion model's x_t with gamma for
         alpha_bar, and says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So  x_hat = mu - sqrt(1 - gamma) v.
 
-        The paper's network sees mu and says eps (eq. 84). But late, eps is too small to be seen in mu; and early, mu is
-        nothing but eps, which then tells nothing of x.
+        The paper's network sees mu and says eps (eq. 84). But early, mu is nothing but eps, which then tells nothing of
+        x, while v is -x there.
         """
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation of the input distribution
@@ -114,7 +115,7 @@ class Continuous:
         return common.discretized_normal_nll(x, output.clamp(-1, 1), self.sigma_1)
 
     def times(self, u):
-        """1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t: the noise of diffusion.py at (1 - u) T. (In the
+        """1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t: diffusion.py's noise levels, backwards. (In the
         paper t = u; but a digit has its shape by t = 0.2.)"""
         return (torch.sin(math.pi / 2 * (1 - u)).log() / math.log(self.sigma_1)).clamp(max=1)
 
@@ -122,14 +123,14 @@ class Continuous:
 class Discretized(Continuous):
     """Grey values as 256 numbers in [-1, 1] (§5): the output distribution is a normal, given by mean and ln deviation,
     [B, 2, 28, 28], and cut into bins, one for each value; the first and the last reach to infinity. (Value k lies at
-    2 k / 255 - 1, as in DDPM; the paper's lie at bin centres of [-1, 1].)"""
+    2 k / 255 - 1, as in DDPM; the paper cuts [-1, 1] into 256 equal bins.)"""
 
     out_channels = 2
 
     def mean(self, output):
         """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
-        For deviations < 1 it computes the ten terms nearest the mean; the terms before are 1, those after 0. For larger
-        ones it is the mean of X clipped to 0..255, which is off by 0.02 grey values at most."""
+        For X of deviation < 1 it computes the ten terms nearest the mean; terms before are 1, those after 0. For larger
+        ones it is the mean of X clipped to 0..255, which is off by 0.02 at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
         m, sigma = (output[:, :1] + 1) * 127.5, output[:, 1:].exp() * 127.5
         narrow = k = m.detach().round().clamp(0, 255)
@@ -161,7 +162,7 @@ class Discrete:
 
     def encode(self, images):
         """A grey value between two classes becomes one of them at random, the nearer the likelier: for K = 2, white
-        with the grey value as its probability (dynamic binarisation)."""
+        with probability (grey value + 1) / 2 (dynamic binarisation)."""
         value = (images + 1) / 2 * (self.K - 1) + torch.rand(images.shape).to(images.device)
         classes = value.floor().clamp(0, self.K - 1).long()
         return F.one_hot(classes[:, 0], self.K).movedim(-1, 1).float()
@@ -207,15 +208,14 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 # -------------------------------------------------------------------------- the loss, the sampler, the likelihood
 
 def loss_at(data, net, x, t, label, clip=math.inf):
-    """The integrand at t, in nats, [B], of L_inf, the cost of infinitely many, infinitely small messages.
+    """The integrand at t for a draw of theta, in nats, [B], of L_inf, the cost of infinitely many, infinitely small
+    messages. One of small accuracy a costs the KL divergence between it and the one that Bob expected, which is
+    a / (2 c) ||s(x) - s(x_hat)||^2. The accuracy of those between t and t + dt is alpha(t) dt. So
 
-    A message costs the KL divergence between the one sent and the one expected, which is, for small alpha,
-    alpha / (2 c) ||s(x) - s(x_hat)||^2. Those between t and t + dt have accuracy alpha(t) dt. So
+    L_inf = E_{t, theta} alpha(t) / (2 c) ||s(x) - s(x_hat)||^2,  t uniform in [0, 1]
 
-    L_inf = E_t alpha(t) / (2 c) ||s(x) - s(x_hat)||^2,  t uniform in [0, 1]
-
-    which is -ln(sigma_1) E_t sigma_1^(-2t) ||x - x_hat||^2 (eq. 101) or K beta(1) E_t t ||x - x_hat||^2 (eq. 205).
-    """
+    which is -ln(sigma_1) E sigma_1^(-2t) ||x - x_hat||^2 (eq. 101) or K beta(1) E t ||x - x_hat||^2 (eq. 205). Training
+    does not clip x_hat, as gradients would be lost."""
     theta = flow(data, x, t, common.randn_like(x))
     x_hat = data.mean(data.output(net, theta, t, label)).clamp(-clip, clip)
     weight = common.column(data.alpha(t) / (2 * data.c), x)
@@ -224,7 +224,7 @@ def loss_at(data, net, x, t, label, clip=math.inf):
 
 def loss(data, net, x, label):
     """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8). No weight makes up for times(u) being
-    earlier than the paper's t = u: early times count more."""
+    earlier than the paper's t = u: for grey values early times count more."""
     u = torch.rand(len(x))
     t = torch.where(torch.rand(len(x)) < data.uniform_share, u, data.times(u)).clamp(min=T_MIN)
     return loss_at(data, net, x, t, label).mean() / 784
@@ -232,9 +232,9 @@ def loss(data, net, x, label):
 
 def guided_output(data, net, theta, t, label, guidance):
     """The output distribution at time t, a 0-d tensor, as its parameters p. Classifier-free guidance makes them
-    p_none + w (p_label - p_none), where w is its paper's 1 + w. It acts where the noise in theta is 0.8 to 5 times as
-    strong as the image: there digits take shape."""
-    noise = (data.c / data.beta(t)) ** 0.5  # of theta / beta, in which s(x) is about 1
+    p_none + w (p_label - p_none), where w is guidance (its paper's 1 + w). It acts where noise is 0.8 to 5
+    times the signal in theta, t = 0.003 to 0.07 for grey values, 0.09 to 0.6 for K = 2; there digits take shape."""
+    noise = (data.c / data.beta(t)) ** 0.5  # the deviation of theta / beta, whose mean is s(x), about 1 in size
     t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
     if guidance == 1 or not 0.8 < noise < 5:
@@ -250,12 +250,11 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
 
     "paper" is algorithms 3, 6 and 9: Bob makes up a message about a draw from the output distribution. In "mean" it is
     about x_hat: with few steps, pixels drawn independently of each other look grainy. "ode" draws no new noise: it
-    solves theta = flow(x_hat, t, eps) for eps and moves to flow(x_hat, t_next, eps) (Xue et al., §4, §5). All start at
-    T_MIN, theta being the noise it has there; the paper starts from theta = 0 at t = 0.
-    """
+    solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps) (arXiv 2404.15766, §4, §5). All
+    start at T_MIN, theta being the noise it has there; the paper starts from theta = 0 at t = 0."""
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    times = (u if sampler == "paper" else data.times(u)).clamp(min=T_MIN)
+    times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else data.times(u))
     theta = (data.c * data.beta(T_MIN)).sqrt().item() * eps
     for t, t_next in zip(times[:-1], times[1:]):
         output = guided_output(data, net, theta, t, label, guidance)
@@ -291,7 +290,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = TYPES[args.data_type]()
     net = common.UNet(data.in_channels, data.out_channels).to(args.device)
-    # the average of the weights: it samples and is measured, and counts the updates
+    # the averaged weights: they sample and are measured; n_averaged counts the updates
     ema = torch.optim.swa_utils.AveragedModel(net, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.995))
     optimizer = common.Muon(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "bfn-" + args.data_type, f"BFN ({args.data_type})", data.unit, "belief", net, ema, optimizer,

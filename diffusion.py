@@ -6,31 +6,31 @@
 
     python diffusion.py                       (`python diffusion.py --help` lists the flags)
 
-Noise is added to an image x_0 in T steps, x_1, ..., x_T, until nothing of it is left. A network learns to predict
-x_0 from x_t; a step back draws x_{t-1} from x_t and that prediction; from pure noise, T steps back make a new image.
-Below is all of it but the network, in this order: noise schedule, loss, sampler, likelihood bound, training loop.
-Equation numbers are those of
+Noise is added to an image x_0 in T steps, x_1, ..., x_T, until nothing of the image is left. A network learns to
+predict x_0 from x_t; a step back draws x_{t-1} from x_t and that prediction; T steps back from pure noise make a new
+image. Below are, in this order, noise schedule, loss, sampler, likelihood bound and training loop; common.py has the
+network, its Fourier features and the optimizer. Equation numbers are those of
 
     DDPM  Ho et al. 2020, Denoising diffusion probabilistic models, arXiv 2006.11239
     DDIM  Song et al. 2021, Denoising diffusion implicit models, arXiv 2010.02502 (its alpha is alpha_bar)
 
-Images are float [B, 1, 28, 28] in [-1, 1], labels int64 [B]. t is the step, 1 to T, a tensor [B] on the CPU; 0 is the
-image. A step of the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps, eps ~ N(0, I). alpha_bar_t
-is the product of 1 - beta up to t, so that beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}. The model, for t > 1, is
-p(x_{t-1} | x_t) = q(x_{t-1} | x_t, x_0_hat), where x_0_hat is predicted.
+x_0 is float [B, 1, 28, 28] in [-1, 1]. t is the step, 1 to T, [B]; 0 is the image. t and labels, int64 [B], are on the
+CPU. A step of the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z with z ~ N(0, I), where beta_t =
+1 - alpha_bar_t / alpha_bar_{t-1}; so alpha_bar_t is the product of 1 - beta up to t. A step of the model is
+p(x_{t-1} | x_t) = q(x_{t-1} | x_t, x_0_hat), where x_0_hat is predicted; the last one, to an image, is in `bound`.
 
 Departures from DDPM:
 
-1. The network is told the digit, except for a tenth of the training images (label common.NOT_TOLD; with `--no-labels`,
-   for all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at middle
-   noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `label` and `guidance` below.
+1. The network is told the digit, but for a random tenth of each batch (label common.NOT_TOLD; with `--no-labels`, for
+   all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at middle noise
+   levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `main`, `predict_x_0`, `sample`.
 2. The noise schedule is a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17 with s = 0): `alpha_bar`.
-3. The network predicts v, not eps (Salimans & Ho 2022, arXiv 2202.00512): `predict_v`, `loss`.
-4. It also sees Fourier features of x_t / sqrt(alpha_bar_t) (Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
-5. Muon steps (Jordan et al. 2024) for 3x3 convolutions and AdamW's for the rest, where DDPM has Adam; the learning
-   rate is the lesser of a rise over 200 updates and a straight fall to 0; the average of the weights is short: `main`.
-6. x_0_hat is clipped to the range of pixels in sampler and bound, and the sampler may take fewer steps: `sample`.
-   `--steps 1000 --guidance 1` samples as DDPM does.
+3. The network predicts v, not eps, and so x_0 (Salimans & Ho 2022, arXiv 2202.00512): `predict_v`, `loss`.
+4. It also sees Fourier features of x_t / sqrt(alpha_bar_t) (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
+5. The optimizer is Muon (Jordan et al. 2024) for 3x3 convolutions, AdamW for the rest; the learning rate rises over 200
+   updates and falls straight to 0; the sampler's weights are an average over some 200 updates: `main`.
+6. x_0_hat is clipped to the range of pixels, and the sampler may take fewer steps: `predict_x_0`, `sample`.
+   `--sampler ancestral --steps 1000 --guidance 1` is DDPM's algorithm 2 but for the clipping.
 """
 import math
 
@@ -50,7 +50,7 @@ def alpha_bar(t):
 
 def signal_and_noise(t, x):
     """The factors on x_0 and on eps in x_t, sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t [B], each [B, 1, 1, 1],
-    of images x's type and on their device."""
+    with the dtype and device of x."""
     return common.column(alpha_bar(t).sqrt(), x), common.column((1 - alpha_bar(t)).sqrt(), x)
 
 
@@ -72,7 +72,7 @@ def predict_v(net, x_t, t, label):
     turned by an angle, so that x_0 follows from x_t and v, see `predict_x_0`.
     """
     signal, noise = signal_and_noise(t, x_t)
-    signal = signal.clamp(min=1e-3)  # 0 at T; so much noise fades the features to 0
+    signal = signal.clamp(min=1e-3)  # 0 at T, where noise / signal is so large that it fades the features to 0
     features = common.fourier_features(x_t / signal, noise / signal)
     return net(torch.cat([x_t, features], dim=1), t / T, label)
 
@@ -82,7 +82,8 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
     x_0_hat = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
 
-    Classifier-free guidance uses v = v_none + w (v_label - v_none), where w is its paper's 1 + w.
+    Classifier-free guidance uses v = v_none + guidance (v_label - v_none), where v_none is without label; guidance is
+    its paper's 1 + w.
     """
     v = predict_v(net, x_t, t, label)
     if guidance != 1:
@@ -93,7 +94,7 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 
 def loss(net, x_0, label):
-    """Algorithm 1, lines 3 to 5: the training loss, a scalar, which is DDPM eq. 14 with v for eps, per pixel."""
+    """Algorithm 1 but for the gradient step: the loss, a scalar, which is DDPM eq. 14 with v for eps, per pixel."""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = common.randn_like(x_0)  # drawn on the CPU: the same on every device
     x_t = q_sample(x_0, t, eps)
@@ -104,20 +105,21 @@ def loss(net, x_0, label):
 
 # --------------------------------------------------------------------------------------------------- the sampler
 
-SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # the eta of DDIM eq. 16; with 1 it is DDPM's sampler
+SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # the eta of DDIM eq. 16; 1 is DDPM's
 
 
 @torch.no_grad()
 def sample(net, label, steps=T, sampler="ancestral", guidance=1):
     """From noise to one image for each label [N]: yields (t / T, x_t, x_0_hat) before each step, the latter two
-    [N, 1, 28, 28], and last (0, x_0, x_0). A step from t to s < t, with eps_hat from DDPM eq. 4, given x_t and x_0_hat:
+    [N, 1, 28, 28], and last (0, x_0, x_0). A step from t to s < t is
 
+    eps_hat = (x_t - sqrt(alpha_bar_t) x_0_hat) / sqrt(1 - alpha_bar_t)                          (by `q_sample`'s eq.)
     x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps_hat + sigma z,  z ~ N(0, I)   (DDIM eq. 12)
-    sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s)               (DDIM eq. 16)
+    sigma^2 = eta^2 (1 - alpha_bar_s) (1 - alpha_bar_t / alpha_bar_s) / (1 - alpha_bar_t)               (DDIM eq. 16)
 
     With eta = 1 and s = t - 1 this is DDPM's algorithm 2, with x_0_hat clipped: the mean is mu_tilde and sigma^2 is
     beta_tilde of its eq. 7. With eta = 0 no noise is added (DDIM). If steps does not divide T, t is fractional.
-    Guidance acts where the noise in x_t is 0.8 to 5 times as strong as the image: there digits take shape.
+    Guidance acts where the factor on the noise is 0.8 to 5 times that on x_0; there digits take shape.
     """
     eta = SAMPLERS[sampler]
     x_t = torch.randn(len(label), 1, 28, 28).to(next(net.parameters()).device)  # x_T
@@ -136,11 +138,12 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
 # ------------------------------------------------------------------------------------------------ the likelihood
 
 def kl_step(x_0, x_0_hat, t):
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], for t in 2..T (DDPM eq. 8). Both are normals (DDPM
-    eq. 7); the second has x_0_hat in place of x_0:
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], for t in 2..T (DDPM eq. 8). Both are normals of one
+    variance, beta_tilde (DDPM eq. 7), and their means differ by x_0_hat in place of x_0:
 
-    mu_tilde_t = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0 + (...) x_t
-    beta_tilde_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t,  the variance
+    mu_tilde_t = x_0 sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) + (...) x_t
+    beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
+    KL = (the difference of the means)^2 / (2 beta_tilde_t), summed over pixels
     """
     a_t, a_s = alpha_bar(t), alpha_bar(t - 1)
     beta = 1 - a_t / a_s
@@ -155,9 +158,9 @@ def bound(net, x_0, label):
 
     L = L_T + sum_{t=2..T} L_{t-1} + L_0
 
-    prior, L_T: 0 here, as alpha_bar_T is; diffusion, the sum; decoder, L_0, from x_1 to grey values (DDPM eq. 13). The
-    sum is estimated from one t for each image, drawn with probability proportional to 1 / t, roughly as its terms are.
-    No guidance is used.
+    prior, L_T, is 0 because alpha_bar_T is. diffusion, the sum, is estimated from one t for each image, drawn with
+    probability proportional to 1 / t, roughly as its terms are. decoder, L_0, is -ln p(x_0 | x_1), which is
+    N(x_0_hat, beta_1) cut into 256 grey values (DDPM eq. 13). No guidance is used.
     """
     probability = 1 / torch.arange(2, T + 1).double()  # of t = 2..T
     probability = probability / probability.sum()
@@ -181,7 +184,7 @@ def main(argv=None):
     args = common.parse_args(__doc__, argv, list(SAMPLERS))
     torch.manual_seed(args.seed)
     net = common.UNet(in_channels=1 + 16, out_channels=1).to(args.device)
-    # the average of the weights: it samples and is measured, and counts the updates
+    # the averaged weights: they sample and are measured; n_averaged counts the updates
     ema = torch.optim.swa_utils.AveragedModel(net, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.995))
     optimizer = common.Muon(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "diffusion", "DDPM", "bits/dim", "x_t", net, ema, optimizer, sample, bound)
