@@ -234,7 +234,7 @@ def guided_output(data, net, theta, t, label, guidance):
     """The output distribution at time t, a 0-d tensor, as its parameters p. Classifier-free guidance makes them
     p_none + w (p_label - p_none), where w is guidance (its paper's 1 + w). It acts where noise is 0.8 to 5
     times the signal in theta, t = 0.003 to 0.07 for grey values, 0.09 to 0.6 for K = 2; there digits take shape."""
-    noise = (data.c / data.beta(t)) ** 0.5  # the deviation of theta / beta, whose mean is s(x), about 1 in size
+    noise = (data.c / data.beta(t)) ** 0.5  # the deviation of theta / beta; its mean, s(x), is about 1 in size
     t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
     if guidance == 1 or not 0.8 < noise < 5:
@@ -275,7 +275,7 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
 @torch.no_grad()
 def bound(data, net, images, label):
     """An estimate, from one t per image, of an upper bound on -ln p(x | label) in nats, as its two terms, each [B]: the
-    messages' cost, L_inf, and the reconstruction, `nll` at t = 1 (§3.5). No guidance is used."""
+    messages' cost, L_inf, and the reconstruction's, L_r, which is `nll` at t = 1. No guidance is used."""
     x = data.encode(images)
     messages = loss_at(data, net, x, torch.rand(len(x)).clamp(min=T_MIN), label, clip=1)
     t = torch.ones(len(x))

@@ -212,7 +212,7 @@ def test_paper_sampler_is_the_papers_algorithm(kind, monkeypatch):
     if kind == "discrete":
         K, theta = 2, torch.full((5, 2, 28, 28), 0.5)
         for i in range(1, n + 1):
-            alpha = data.beta_1 * (2 * i - 1) / n ** 2  # eq. 192
+            alpha = data.beta_1 * (2 * i - 1) / n ** 2  # eq. 193
             y = alpha * (K * draws[i - 1] - 1) + (alpha * K) ** 0.5 * noise[i]
             theta = torch.exp(y) * theta / (torch.exp(y) * theta).sum(1, keepdim=True)
         expected = data.decode(theta)
