@@ -214,7 +214,7 @@ def glyphs():
         for digit in "0123456789":
             font.set_text(digit)
             font.draw_glyphs_to_bitmap()
-            image = torch.tensor(font.get_image()).float() / 255
+            image = torch.tensor(font.get_image().tolist()) / 255
             rows, columns = image.amax(1).nonzero(), image.amax(0).nonzero()
             image = image[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
             scale = 40 / max(image.shape)
@@ -585,14 +585,14 @@ matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 10, "figure.titles
 
 
 def tile(images, columns):
-    """Digits, uint8 [N, 1, 28, 28], as one picture with white lines between them."""
-    return torchvision.utils.make_grid(images, columns, padding=1, pad_value=255)[0].numpy()
+    """Digits, uint8 [N, 1, 28, 28], as one picture with white lines between them: a list of rows of grey values."""
+    return torchvision.utils.make_grid(images, columns, padding=1, pad_value=255)[0].tolist()
 
 
 def draw_grids(panels, title, columns=3):
     """Grids of digits side by side, panels = {label: uint8 [N, 1, 28, 28]} -> (figure, the drawn pictures)."""
     pictures = [tile(images, columns) for images in panels.values()]
-    height, width = pictures[0].shape
+    height, width = len(pictures[0]), len(pictures[0][0])
     scale = max(2, min(6, 1600 // (width * len(pictures))))  # screen pixels for each of a digit
     figure = Figure((scale * (width + 4) * len(pictures) / DPI, (scale * height + 120) / DPI), dpi=DPI,
                     layout="constrained")
@@ -636,17 +636,15 @@ def save_gif(path, traces, title):
 
 
 def save_curves(path, runs, title, columns):
-    """Columns of the history in runs' metrics over epochs, one beside the other. Test results have a band of one
+    """Columns of the history in runs' metrics over epochs, one beside the other. Test results have bars of one
     standard error either way."""
     figure = Figure((4.2 * len(columns), 3.2), dpi=DPI, layout="constrained")
     figure.suptitle(title, wrap=True)
     for axis, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
         for run in runs:
             rows = run["history"][len(run["history"]) // 10:]  # the first epochs, far above, would hide the rest
-            x, y, error = torch.tensor([(row["epoch"], row[column], row["test_se"]) for row in rows]).T
-            axis.plot(x, y, ".-", label=run["title"])
-            if column == "test":
-                axis.fill_between(x, y - error, y + error, alpha=0.25, linewidth=0)
+            x, y, error = zip(*[(row["epoch"], row[column], row["test_se"]) for row in rows])
+            axis.errorbar(x, y, error if column == "test" else None, fmt=".-", label=run["title"])
         axis.set(xlabel="epoch", ylabel={"train_loss": "training loss", "test": f"test {runs[0]['unit']}"}[column])
         axis.locator_params(axis="x", integer=True, min_n_ticks=1)
         axis.legend()

@@ -1,6 +1,6 @@
 # /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "matplotlib"]
+# requires-python = ">=3.9"
+# dependencies = ["torch>=2.2", "torchvision>=0.17", "matplotlib"]
 # ///
 """A denoising diffusion model (DDPM) of MNIST: trains it, samples from it, measures it.
 
