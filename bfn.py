@@ -8,11 +8,11 @@
     python bfn.py --data-type discrete
 
 Alice sends Bob an image in messages, each of them the image plus noise; how much a message tells is its accuracy. Bob
-has a belief about each pixel on its own (the input distribution, set by theta, the sum of the messages, and by t) and
+has a belief about each pixel on its own (the input distribution, set by t and by theta, the sum of the messages) and
 improves it with each message by Bayes' rule. A network looks at all of these beliefs together and predicts the image
-(the output distribution, of mean x_hat). The better Bob predicted a message, the fewer bits it costs: the network's
-errors, and the image's cost given Bob's last prediction, add up to the length of a code for the image. With no Alice,
-Bob makes up her messages from his own predictions, and a new image appears.
+(the output distribution, of mean x_hat). A message costs bits only as far as Bob predicted it wrongly: these bits, and
+those of the image given Bob's last prediction, add up to the length of a code for the image. With no Alice, Bob makes
+up her messages from his own predictions, and a new image appears.
 
 Below are, in this order, messages, the types of data (grey values, continuous or discretized, and discrete classes),
 loss, sampler, likelihood bound and training loop. Sections and equations are those of Graves et al. 2023, Bayesian flow
@@ -21,17 +21,17 @@ diffusion.py the image is at 0.) t and labels are on the CPU.
 
 Departures from the paper:
 
-1. The network is told the digit, but for a random tenth of each batch (label common.NOT_TOLD; with `--no-labels`, for
+1. The network is told the digit, except of an image in ten at random (label common.NOT_TOLD; with `--no-labels`, of
    all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at middle noise
    levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `main`, `guided_output`.
 2. For grey values the network sees mu scaled to unit size, not mu, and predicts v (Salimans & Ho 2022, arXiv
    2202.00512), not eps; training does not clip x_hat. For classes theta is added to its output: `output`.
 3. The network also sees Fourier features of grey values (after Kingma et al. 2021, arXiv 2107.00630): `output`.
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
-5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`.
+5. The sampler's message is about x_hat, not about a draw from the output distribution (continuous: the same): `sample`.
    `--sampler paper --guidance 1` samples with the paper's messages and times, from T_MIN on.
 6. The optimizer is Muon (Jordan et al. 2024) for 3x3 convolutions, AdamW for the rest; the learning rate rises over 200
-   updates and falls straight to 0; the sampler's weights are an average over some 200 updates: `main`.
+   updates, then falls linearly to 0; sampler and bound use weights averaged over some 200 updates: `main`.
 """
 import functools
 import math
@@ -52,7 +52,7 @@ T_MIN = 1e-5  # the earliest t: grey values' `output` and the sampler "ode" (Xue
 # (mean, variance). For classes this is eq. 157; for grey values it is alpha times eq. 86's, x plus noise of variance
 # 1 / alpha. In these units Bayes' rule is an addition: our theta is the sum of all messages so far. Let beta be the sum
 # of their accuracies. Then Bob's belief is: for grey values a normal of mean mu = theta / (1 + beta) and precision
-# 1 + beta (eq. 49, 50, from the prior N(0, 1)), for classes the probabilities softmax(theta) (eq. 171).
+# 1 + beta (eq. 49, 50, prior N(0, 1)), for classes probabilities softmax(theta) (eq. 171; ln p(y | k) = y_k + const).
 
 def sender(data, x, alpha, eps):
     """Alice's message y about x, of accuracy alpha, [B] or one number, made from noise eps ~ N(0, I) of x's shape."""
@@ -72,7 +72,7 @@ def flow(data, x, t, eps):
 #   beta(t), alpha(t)                             the accuracy of all messages up to t; its slope d beta / dt
 #   belief(theta, t)                              the mean of the input distribution, for pictures
 #   output(net, theta, t, label)                  the output distribution: the tensor of its parameters
-#   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) at t = 1 in nats, for each pixel
+#   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) in nats, for each pixel, at t = 1
 #   times(u), uniform_share                       times, mostly early, for u in [0, 1]; share of training's t that are u
 
 class Continuous:
@@ -99,10 +99,10 @@ class Continuous:
     def output(self, net, theta, t, label):
         """x_hat (for discretized data, a normal's mean, ln deviation). With gamma = beta / (1 + beta) the network sees
         mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, which is a diffusion model's x_t with gamma for
-        alpha_bar, and says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So  x_hat = mu - sqrt(1 - gamma) v.
+        alpha_bar, and says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So  x = mu - sqrt(1 - gamma) v.
 
-        The paper's network sees mu and says eps (eq. 84). But early, mu is nothing but eps, which then tells nothing of
-        x, while v is -x there.
+        The paper's network sees mu and says eps (eq. 84). But early, mu is only scaled eps: to say eps is to copy it,
+        and tells nothing of x, while v is -x there.
         """
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation of the input distribution
@@ -208,9 +208,9 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 # -------------------------------------------------------------------------- the loss, the sampler, the likelihood
 
 def loss_at(data, net, x, t, label, clip=math.inf):
-    """The integrand at t for a draw of theta, in nats, [B], of L_inf, the cost of infinitely many, infinitely small
-    messages. One of small accuracy a costs the KL divergence between it and the one that Bob expected, which is
-    a / (2 c) ||s(x) - s(x_hat)||^2. The accuracy of those between t and t + dt is alpha(t) dt. So
+    """L_inf's integrand at t, for a draw of theta, in nats, [B]. L_inf is the cost of infinitely many, infinitely small
+    messages. One of accuracy a costs its KL divergence from what Bob expects, which is N(a s(x_hat), c a) for small a:
+    a / (2 c) ||s(x) - s(x_hat)||^2. Those between t and t + dt have accuracy alpha(t) dt in all. So
 
     L_inf = E_{t, theta} alpha(t) / (2 c) ||s(x) - s(x_hat)||^2,  t uniform in [0, 1]
 
@@ -223,8 +223,8 @@ def loss_at(data, net, x, t, label, clip=math.inf):
 
 
 def loss(data, net, x, label):
-    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8). No weight makes up for times(u) being
-    earlier than the paper's t = u: for grey values early times count more."""
+    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8). For grey values early times count more
+    than in L_inf: times(u) draws them more often, and no weight makes up for it."""
     u = torch.rand(len(x))
     t = torch.where(torch.rand(len(x)) < data.uniform_share, u, data.times(u)).clamp(min=T_MIN)
     return loss_at(data, net, x, t, label).mean() / 784
@@ -232,8 +232,8 @@ def loss(data, net, x, label):
 
 def guided_output(data, net, theta, t, label, guidance):
     """The output distribution at time t, a 0-d tensor, as its parameters p. Classifier-free guidance makes them
-    p_none + w (p_label - p_none), where w is guidance (its paper's 1 + w). It acts where noise is 0.8 to 5
-    times the signal in theta, t = 0.003 to 0.07 for grey values, 0.09 to 0.6 for K = 2; there digits take shape."""
+    p_none + guidance (p_label - p_none); guidance is its paper's 1 + w. It acts where noise is 0.8 to 5 times the
+    signal in theta, t = 0.003 to 0.07 for grey values, 0.09 to 0.6 for K = 2; there digits take shape."""
     noise = (data.c / data.beta(t)) ** 0.5  # the deviation of theta / beta; its mean, s(x), is about 1 in size
     t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
@@ -248,10 +248,10 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
     """From a belief that is noise to one image for each label [N]: yields t, belief, x_hat (images [N, 1, 28, 28])
     before each step, and last a draw from the output distribution in place of x_hat.
 
-    "paper" is algorithms 3, 6 and 9: Bob makes up a message about a draw from the output distribution. In "mean" it is
-    about x_hat: with few steps, pixels drawn independently of each other look grainy. "ode" draws no new noise: it
-    solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps) (arXiv 2404.15766, §4, §5). All
-    start at T_MIN, theta being the noise it has there; the paper starts from theta = 0 at t = 0."""
+    "paper" is algorithms 3, 6 and 9, at t = u: Bob makes up a message about a draw from the output distribution. In
+    "mean" it is about x_hat, the same for infinitely many steps; with few, independently drawn pixels look grainy.
+    "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps) (arXiv
+    2404.15766, §4, §5). All start at T_MIN, theta being the noise it has there; the paper's theta is 0 at t = 0."""
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else data.times(u))

@@ -14,21 +14,22 @@ network, its Fourier features and the optimizer. Equation numbers are those of
     DDPM  Ho et al. 2020, Denoising diffusion probabilistic models, arXiv 2006.11239
     DDIM  Song et al. 2021, Denoising diffusion implicit models, arXiv 2010.02502 (its alpha is alpha_bar)
 
-x_0 is float [B, 1, 28, 28] in [-1, 1]. t is the step, 1 to T, [B]; 0 is the image. t and labels, int64 [B], are on the
-CPU. A step of the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z with z ~ N(0, I), where beta_t =
-1 - alpha_bar_t / alpha_bar_{t-1}; so alpha_bar_t is the product of 1 - beta up to t. A step of the model is
-p(x_{t-1} | x_t) = q(x_{t-1} | x_t, x_0_hat), where x_0_hat is predicted; the last one, to an image, is in `bound`.
+x_0 is float [B, 1, 28, 28] in [-1, 1]. t [B] is the step, 1 to T; 0 is the image. t and labels (int64 [B]) are on the
+CPU. A step of the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z with z ~ N(0, I). t of them make
+`q_sample`, where alpha_bar_t is the product of 1 - beta up to t; so beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}. A step
+of the model is p(x_{t-1} | x_t) = q(x_{t-1} | x_t, x_0_hat), where x_0_hat is predicted. The last one, p(x_0 | x_1), is
+in `bound`; the sampler takes its mean.
 
 Departures from DDPM:
 
-1. The network is told the digit, but for a random tenth of each batch (label common.NOT_TOLD; with `--no-labels`, for
+1. The network is told the digit, except of an image in ten at random (label common.NOT_TOLD; with `--no-labels`, of
    all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at middle noise
    levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `main`, `predict_x_0`, `sample`.
 2. The noise schedule is a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17 with s = 0): `alpha_bar`.
-3. The network predicts v, not eps, and so x_0 (Salimans & Ho 2022, arXiv 2202.00512): `predict_v`, `loss`.
+3. The network predicts v, not eps; x_0 follows from v (Salimans & Ho 2022, arXiv 2202.00512): `predict_v`, `loss`.
 4. It also sees Fourier features of x_t / sqrt(alpha_bar_t) (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
 5. The optimizer is Muon (Jordan et al. 2024) for 3x3 convolutions, AdamW for the rest; the learning rate rises over 200
-   updates and falls straight to 0; the sampler's weights are an average over some 200 updates: `main`.
+   updates, then falls linearly to 0; sampler and bound use weights averaged over some 200 updates: `main`.
 6. x_0_hat is clipped to the range of pixels, and the sampler may take fewer steps: `predict_x_0`, `sample`.
    `--sampler ancestral --steps 1000 --guidance 1` is DDPM's algorithm 2 but for the clipping.
 """
@@ -68,8 +69,8 @@ def q_sample(x_0, t, eps):
 def predict_v(net, x_t, t, label):
     """The network's prediction, [B, 1, 28, 28], of v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
 
-    DDPM's network predicts eps. But at T x_t = eps, which leaves x_0 = 0 / 0; v is -x_0 there. (x_t, v) is (x_0, eps)
-    turned by an angle, so that x_0 follows from x_t and v, see `predict_x_0`.
+    DDPM's network predicts eps. But at T, x_t = eps, so that x_0 = (x_t - eps) / 0 = 0 / 0; v is -x_0 there. (x_t, v)
+    is (x_0, eps) turned by an angle, so that x_0 follows from x_t and v, see `predict_x_0`.
     """
     signal, noise = signal_and_noise(t, x_t)
     signal = signal.clamp(min=1e-3)  # 0 at T, where noise / signal is so large that it fades the features to 0
@@ -82,8 +83,8 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
     x_0_hat = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
 
-    Classifier-free guidance uses v = v_none + guidance (v_label - v_none), where v_none is without label; guidance is
-    its paper's 1 + w.
+    Classifier-free guidance exaggerates what the label does: v = v_none + guidance (v_label - v_none), where v_none is
+    without label. guidance is its paper's 1 + w; 1 is none.
     """
     v = predict_v(net, x_t, t, label)
     if guidance != 1:
@@ -94,7 +95,7 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 
 def loss(net, x_0, label):
-    """Algorithm 1 but for the gradient step: the loss, a scalar, which is DDPM eq. 14 with v for eps, per pixel."""
+    """DDPM's algorithm 1 without the gradient step: the loss, a scalar, is eq. 14 with v for eps, per pixel."""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = common.randn_like(x_0)  # drawn on the CPU: the same on every device
     x_t = q_sample(x_0, t, eps)
@@ -126,8 +127,8 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
     times = torch.linspace(T, 0, steps + 1, dtype=torch.float64)
     for t, s in zip(times[:-1], times[1:]):
         a_t, a_s = alpha_bar(t).item(), alpha_bar(s).item()
-        w = guidance if 0.8 < ((1 - a_t) / a_t) ** 0.5 < 5 else 1
-        x_0_hat = predict_x_0(net, x_t, t.expand(len(label)), label, w)
+        guided = 0.8 * a_t ** 0.5 < (1 - a_t) ** 0.5 < 5 * a_t ** 0.5
+        x_0_hat = predict_x_0(net, x_t, t.expand(len(label)), label, guidance if guided else 1)
         yield t.item() / T, x_t, x_0_hat
         eps_hat = (x_t - a_t ** 0.5 * x_0_hat) / (1 - a_t) ** 0.5
         sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
@@ -138,8 +139,8 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
 # ------------------------------------------------------------------------------------------------ the likelihood
 
 def kl_step(x_0, x_0_hat, t):
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], for t in 2..T (DDPM eq. 8). Both are normals of one
-    variance, beta_tilde (DDPM eq. 7), and their means differ by x_0_hat in place of x_0:
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], for t in 2..T (DDPM eq. 8). Both are normals of the
+    same variance, beta_tilde (DDPM eq. 7), and their means differ by x_0_hat in place of x_0:
 
     mu_tilde_t = x_0 sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) + (...) x_t
     beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
@@ -158,9 +159,9 @@ def bound(net, x_0, label):
 
     L = L_T + sum_{t=2..T} L_{t-1} + L_0
 
-    prior, L_T, is 0 because alpha_bar_T is. diffusion, the sum, is estimated from one t for each image, drawn with
-    probability proportional to 1 / t, roughly as its terms are. decoder, L_0, is -ln p(x_0 | x_1), which is
-    N(x_0_hat, beta_1) cut into 256 grey values (DDPM eq. 13). No guidance is used.
+    prior, L_T, is 0 because alpha_bar_T is. diffusion, the sum, is estimated from one term for each image, divided by
+    the probability of its t; that is proportional to 1 / t, as the terms are roughly. decoder, L_0, is -ln p(x_0 | x_1)
+    where p is N(x_0_hat, beta_1) cut into 256 grey values (DDPM eq. 13). All is of T steps without guidance.
     """
     probability = 1 / torch.arange(2, T + 1).double()  # of t = 2..T
     probability = probability / probability.sum()
@@ -183,7 +184,7 @@ def bound(net, x_0, label):
 def main(argv=None):
     args = common.parse_args(__doc__, argv, list(SAMPLERS))
     torch.manual_seed(args.seed)
-    net = common.UNet(in_channels=1 + 16, out_channels=1).to(args.device)
+    net = common.UNet(in_channels=1 + 16, out_channels=1).to(args.device)  # x_t and its Fourier features; v
     # the averaged weights: they sample and are measured; n_averaged counts the updates
     ema = torch.optim.swa_utils.AveragedModel(net, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.995))
     optimizer = common.Muon(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
