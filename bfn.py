@@ -291,7 +291,7 @@ def main(argv=None):
     data = TYPES[args.data_type]()
     net = common.UNet(data.in_channels, data.out_channels).to(args.device)
     # the averaged weights: they sample and are measured; n_averaged counts the updates
-    ema = torch.optim.swa_utils.AveragedModel(net, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.995))
+    ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
     optimizer = common.Muon(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "bfn-" + args.data_type, f"BFN ({args.data_type})", data.unit, "belief", net, ema, optimizer,
                      functools.partial(sample, data), functools.partial(bound, data),

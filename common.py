@@ -27,7 +27,7 @@ from torch import nn
 
 NOT_TOLD = 10  # the label of an image whose class the network is not told
 NINE = torch.arange(1, 10)  # the digits of all pictures, in reading order
-STEPS, GUIDANCE, LR = 40, 1.25, 5e-3  # defaults of the command line
+STEPS, GUIDANCE = 40, 1.25  # defaults of the command line
 FORMAT = 3  # of checkpoints
 if hasattr(torch.backends, "nnpack"):
     torch.backends.nnpack.set_flags(False)  # it slows down convolutions where torch has no oneDNN (Apple silicon)
@@ -83,13 +83,13 @@ class ShuffleUnit(nn.Module):
         a, b = x.chunk(2, dim=1)
         b = b + self.there(a, condition)
         a = a + self.back(b, condition)
-        halves = torch.stack([a.movedim(1, -1), b.movedim(1, -1)], dim=-1)  # channels last, in memory too
-        return halves.flatten(-2).movedim(-1, 1)
+        shuffled = torch.stack([a.movedim(1, -1), b.movedim(1, -1)], dim=-1).flatten(-2).movedim(-1, 1)
+        return shuffled if x.device.type == "cpu" else shuffled.contiguous()  # it is in channels_last memory
 
 
 class UNet(nn.Module):
     """The shuffled U-Net: image, time and label to image. The units work at 7x7, where a pixel sees the whole image
-    after few layers. All convolutions are dense and in channels_last memory, which is what CPUs are fastest at."""
+    after few layers. All convolutions are dense and on CPUs in channels_last memory, the fastest way there."""
 
     def __init__(self, in_channels, out_channels, wide=64, deep=128, units=2, condition_channels=128):
         super().__init__()
@@ -105,7 +105,6 @@ class UNet(nn.Module):
         self.head = nn.ConvTranspose2d(wide, out_channels, 4, stride=2, padding=1)     # 14x14 -> 28x28
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, x, t, label):
         """x: float [B, in_channels, 28, 28]; t: [B] in [0, 1]; label: int64 [B]. t and label may lie on the CPU.
@@ -113,7 +112,7 @@ class UNet(nn.Module):
         angles = t.float().to(x.device)[:, None] * self.frequencies  # sinusoidal features (arXiv 1706.03762, §3.5)
         time = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
         condition = F.silu(time + self.label(label.to(x.device)))
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
         h = self.shrink(x)
         for unit in self.units:
             h = unit(h, condition)
@@ -130,10 +129,10 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for w in [w for w in group["params"] if w.shape[2:] == (3, 3)]:
-                self.state[w].setdefault("step", torch.zeros(()))  # which AdamW asks for when it is loaded
-                momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
-                momentum.lerp_(w.grad, 0.05)
+            for w in [w for w in group["params"] if w.shape[2:] == (3, 3) and w.grad is not None]:
+                if not self.state[w]:  # AdamW asks for "step" when it is loaded
+                    self.state[w].update(momentum=torch.zeros_like(w), step=torch.zeros(()))
+                momentum = self.state[w]["momentum"].lerp_(w.grad, 0.05)
                 X = F.normalize(w.grad.lerp(momentum, 0.95).flatten(), dim=0).view(len(w), -1)  # Nesterov's
                 for _ in range(5):  # a Newton-Schulz iteration
                     A = X @ X.T
@@ -266,7 +265,7 @@ def parse_args(description, argv, samplers, data_types=()):
     add = parser.add_argument
     add("--epochs", type=within(int, 1), default=20, help="train until this many epochs are done (default %(default)s)")
     add("--batch-size", type=within(int, 1), default=64, metavar="B", help="images a step (default %(default)s)")
-    add("--lr", type=within(float, 1e-9, 1e9), default=LR, help="highest learning rate (default %(default)s)")
+    add("--lr", type=within(float, 1e-9, 1e9), default=5e-3, help="highest learning rate (default %(default)s)")
     add("--seed", type=within(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: cuda if usable, else cpu")
     add("--out-dir", type=Path, default="out", metavar="DIR", help="where runs are kept (default %(default)s)")
@@ -274,7 +273,7 @@ def parse_args(description, argv, samplers, data_types=()):
     add("--dataset", choices=["auto", *DATASETS, "drawn"], default="auto", help="default: MNIST, or else drawn digits")
     add("--limit", type=within(int, 1), metavar="N", help="use the first N training and test images (quick tries)")
     add("--sample", type=within(int, 1), metavar="N", help="train nothing: draw N images with this run")
-    add("--steps", type=within(int, 1), metavar="S", help=f"sampling steps (default {STEPS}, in pictures 1000)")
+    add("--steps", type=within(int, 1), metavar="S", help=f"sampling steps (default {STEPS}, in final pictures 1000)")
     add("--sampler", choices=samplers, default=samplers[0], help="default: %(default)s")
     add("--label", type=int, choices=range(10), metavar="L", help="with --sample: draw this class only, 0 to 9")
     add("--guidance", type=within(float, 0), metavar="W", help=f"of the sampler, 1 for none (default {GUIDANCE})")
@@ -292,7 +291,7 @@ def parse_args(description, argv, samplers, data_types=()):
             parser.error(message)
     if args.guidance is None:
         args.guidance = 1 if args.no_labels else GUIDANCE
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         F.conv2d(torch.ones(1, 1, 3, 3, device=device), torch.ones(1, 1, 3, 3, device=device)).item()
     except (RuntimeError, AssertionError) as error:  # no such GPU, or too old for this torch, or full
@@ -300,8 +299,8 @@ def parse_args(description, argv, samplers, data_types=()):
         if args.device != "auto":
             fail(f"{reason}; try --device cpu")
         print(f"{reason}: going on with the CPU", flush=True)
-        device = torch.device("cpu")
-    args.device = device.type
+        device = "cpu"
+    args.device = device
     return args
 
 
@@ -310,7 +309,7 @@ def run_script(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; what was trained is kept: the same command (without --fresh) goes on", file=sys.stderr)
+        print("\nstopped; finished epochs are kept: the same command (without --fresh) goes on", file=sys.stderr)
         sys.exit(130)
 
 
@@ -418,13 +417,13 @@ class Run:
         self.history.append(row)
         self.previews[epoch] = self.draw(NINE)
         self.final = {}  # it was that of fewer epochs
-        save_grids(self.folder / "epochs" / f"epoch_{epoch:03}.png", {"": self.previews[epoch]},
-                   f"{self.name}, epoch {epoch}")
         state = {"format": FORMAT, "settings": self.settings, "net": self.net.state_dict(),
                  "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(), "history": self.history,
                  "previews": self.previews, "random_state": torch.get_rng_state()}
         write(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
         self.write_metrics()
+        save_grids(self.folder / "epochs" / f"epoch_{epoch:03}.png", {"": self.previews[epoch]},
+                   f"{self.name}, epoch {epoch}")
 
     def write_metrics(self):
         metrics = {"settings": self.settings, "title": self.title, "unit": self.unit, "parameters": self.parameters,
@@ -477,22 +476,24 @@ class Run:
         """What a run leaves at its end: final figures of merit, pictures, and the comparison."""
         sampling = {"steps": self.args.steps or STEPS, "sampler": self.args.sampler, "guidance": self.args.guidance}
         if self.final.get("sampling") != sampling:
+            (self.folder / "trace.pt").unlink(missing_ok=True)  # until it is drawn anew, nothing is compared with it
+            print("measuring", flush=True)
             self.final = {"sampling": sampling, **self.measure_final()}
         self.save_figures(self.write_metrics())
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.final.items() if isinstance(value, float))
-        print(f"{self.name}, {len(self.history)} epochs, in {self.unit}: {numbers}")
+        print(f"{self.name}, {len(self.history)} epochs (bound in {self.unit}): {numbers}")
         compare(self.args.out_dir, self.settings["model"])
 
     def measure_final(self):
         """The bound on the whole test set; Frechet distance and shares of right and of clear digits, of 10,000 drawn
-        ones (of fewer after less than 20 epochs: measuring should not outlast training)."""
+        ones (of fewer after less than 20 epochs or with more steps: measuring should not outlast training)."""
         images, labels = self.test
         terms = self.measure(len(images), repeats=min(4, len(self.history)))
         total = sum(terms.values())
         final = {"bound": total.mean().item(), "bound_se": (total.std() / len(total) ** 0.5).item(),
                  "parts": {name: term.mean().item() for name, term in terms.items()},
                  "images_per_second": torch.tensor([row["images_per_second"] for row in self.history]).median().item()}
-        count = min(len(images), max(2000, 500 * len(self.history)))
+        count = min(len(images), max(2000, 500 * len(self.history) * STEPS // (self.args.steps or STEPS)))
         if count < 2000:
             return final
         classifier = trained_classifier(self.settings["dataset"], *self.train, self.args)

@@ -186,7 +186,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     net = common.UNet(in_channels=1 + 16, out_channels=1).to(args.device)  # x_t and its Fourier features; v
     # the averaged weights: they sample and are measured; n_averaged counts the updates
-    ema = torch.optim.swa_utils.AveragedModel(net, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.995))
+    ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
     optimizer = common.Muon(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "diffusion", "DDPM", "bits/dim", "x_t", net, ema, optimizer, sample, bound)
     if args.sample:
