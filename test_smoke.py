@@ -370,9 +370,8 @@ def test_measures_tell_good_digits_from_bad_ones(tmp_path):
     net = common.trained_classifier(name, *train, argparse.Namespace(data_dir=tmp_path / "none", out_dir=tmp_path))
     real, _, _ = common.judge(net, images[:2000], labels[:2000])
     images, labels = common.to_float(images[2000:4000]), labels[2000:4000]
-    results = [common.judge(net, common.to_uint8(images + s * torch.randn(images.shape)), labels)
-               for s in (0, 0.3, 0.6, 1.2)]
-    features, right, clear = zip(*results)
+    noisy = [common.to_uint8(images + sigma * torch.randn(images.shape)) for sigma in (0, 0.3, 0.6, 1.2)]
+    features, right, clear = zip(*[common.judge(net, part, labels) for part in noisy])
     distances = [common.frechet_distance(part, real) for part in features]
     assert distances == sorted(distances) and min(right[0], clear[0]) > 0.9
     assert (right, clear) == (tuple(sorted(right, reverse=True)), tuple(sorted(clear, reverse=True)))
@@ -398,6 +397,8 @@ class AppleGPU(TorchDispatchMode):
 @pytest.mark.parametrize("kind, channels", [("diffusion", (17, 1)), ("continuous", (17, 1)), ("discretized", (17, 2)),
                                             ("discrete", (2, 2))])
 def test_apple_gpus_can_do_all_that_is_used(kind, channels, monkeypatch):
+    if "MPS" not in AppleGPU.ops["native_group_norm_backward"]:
+        pytest.skip("this torch cannot train group norms on Apple's GPUs")
     monkeypatch.setattr(common, "discretized_normal_nll", lambda x, mean, sigma: x)  # it and draw work on the CPU
     monkeypatch.setattr(bfn.Discrete, "draw", bfn.Discrete.mean)
     module, data = (bfn, [bfn.TYPES[kind]()]) if kind in bfn.TYPES else (diffusion, [])
@@ -526,9 +527,8 @@ def test_a_foreseen_failure_is_one_line(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("flags", [["--epochs", "-1"], ["--steps", "0"], ["--lr", "inf"], ["--batch-size", "65"],
-                                   ["--sample", "1", "--fresh"], ["--label", "3"], ["--sample", "1", "--label", "10"],
-                                   ["--no-labels", "--guidance", "1.5"]])
+@pytest.mark.parametrize("flags", [["--epochs", "-1"], ["--lr", "inf"], ["--batch-size", "65"], ["--label", "3"],
+                                   ["--sample", "1", "--fresh"], ["--no-labels", "--guidance", "1.5"]])
 def test_bad_arguments(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main("bfn-continuous", tmp_path / "new", *flags)
