@@ -695,5 +695,5 @@ def table(runs, settings):
     for name, cell in ROWS.items():
         with contextlib.suppress(KeyError):  # a quick try measures less
             lines.append(f"| {name} | " + " | ".join(cell.format(**run, **run["final"]) for run in runs) + " |")
-    equal = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if value not in ("", None))
+    equal = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if value or key == "seed")
     return "\n".join(lines) + f"\n\nHeld equal: network, optimizer, {equal}.\n"
