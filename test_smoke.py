@@ -527,26 +527,26 @@ def test_a_foreseen_failure_is_one_line(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("flags", [["--epochs", "-1"], ["--lr", "inf"], ["--batch-size", "65"], ["--label", "3"],
-                                   ["--sample", "1", "--fresh"], ["--no-labels", "--guidance", "1.5"]])
+@pytest.mark.parametrize("flags", ["--epochs -1", "--epochs x", "--steps 0", "--batch-size 0", "--limit 0", "--lr 0",
+                                   "--lr inf", "--seed -1", "--batch-size 65", "--sample 1 --fresh", "--label 3",
+                                   "--sample 1 --label 10", "--no-labels --guidance 1.5"])
 def test_bad_arguments(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        main("bfn-continuous", tmp_path / "new", *flags)
+        main("bfn-continuous", tmp_path / "new", *flags.split())
     assert stop.value.code == 2 and not (tmp_path / "new").exists()
 
 
 def test_impossible_settings(out, tmp_path):
     (tmp_path / "file").write_text("")
-    other_gpu = "mps" if torch.cuda.is_available() else "cuda"
-    new = tmp_path / "new"
     for folder, flags, message in [
-            (new, ["--dataset", "mnist", "--data-dir", tmp_path / "file"], "could not be read or downloaded"),
-            (new, ["--device", other_gpu], "the GPU cannot be used"), (tmp_path / "file", [], "cannot be written to"),
+            (tmp_path / "new", ["--dataset", "mnist", "--data-dir", tmp_path / "file"], "could not be read or down"),
+            (tmp_path / "new", ["--device", "mps" if torch.cuda.is_available() else "cuda"], "the GPU cannot be used"),
+            (tmp_path / "file", [], "cannot be written to"), (out, ["--seed", 5], "seed 0 there, 5 here"),
             (out, ["--lr", 0.1], "lr 0.005 there, 0.1 here"), (out, ["--batch-size", 32], "batch_size"),
             (out, ["--limit", 63], "limit.*--dataset drawn"), (out, ["--no-labels"], "no_labels")]:
         with pytest.raises(SystemExit, match=message):
             main("diffusion", folder, "--epochs", 2, *flags)
-        assert not new.exists()
+        assert not (tmp_path / "new").exists()
 
 
 def test_broken_data_is_refused(tmp_path):
