@@ -214,8 +214,7 @@ def loss_at(data, net, x, t, label, clip=math.inf):
 
     L_inf = E_{t, theta} alpha(t) / (2 c) ||s(x) - s(x_hat)||^2,  t uniform in [0, 1]
 
-    which is -ln(sigma_1) E sigma_1^(-2t) ||x - x_hat||^2 (eq. 101) or K beta(1) E t ||x - x_hat||^2 (eq. 205). Training
-    does not clip x_hat, as gradients would be lost."""
+    which is -ln(sigma_1) E sigma_1^(-2t) ||x - x_hat||^2 (eq. 101) or K beta(1) E t ||x - x_hat||^2 (eq. 205)."""
     theta = flow(data, x, t, common.randn_like(x))
     x_hat = data.mean(data.output(net, theta, t, label)).clamp(-clip, clip)
     weight = common.column(data.alpha(t) / (2 * data.c), x)
@@ -277,7 +276,8 @@ def bound(data, net, images, label):
     """An estimate, from one t per image, of an upper bound on -ln p(x | label) in nats, as its two terms, each [B]: the
     messages' cost, L_inf, and the reconstruction's, L_r, which is `nll` at t = 1. No guidance is used."""
     x = data.encode(images)
-    messages = loss_at(data, net, x, torch.rand(len(x)).clamp(min=T_MIN), label, clip=1)
+    t = (torch.rand(1) + torch.arange(len(x)) / len(x)) % 1  # each t is uniform; all together are evenly spread
+    messages = loss_at(data, net, x, t.clamp(min=T_MIN), label, clip=1)
     t = torch.ones(len(x))
     output = data.output(net, flow(data, x, t, common.randn_like(x)), t, label)
     return {"messages": messages, "reconstruction": data.nll(output, x).flatten(1).sum(1)}

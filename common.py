@@ -265,7 +265,7 @@ def parse_args(description, argv, samplers, data_types=()):
     add = parser.add_argument
     add("--epochs", type=within(int, 1), default=20, help="train until this many epochs are done (default %(default)s)")
     add("--batch-size", type=within(int, 1), default=64, metavar="B", help="images a step (default %(default)s)")
-    add("--lr", type=within(float, 1e-9, 1e9), default=5e-3, help="highest learning rate (default %(default)s)")
+    add("--lr", type=within(float, 1e-9, 1e9), default=2e-3, help="highest learning rate (default %(default)s)")
     add("--seed", type=within(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: cuda if usable, else cpu")
     add("--out-dir", type=Path, default="out", metavar="DIR", help="where runs are kept (default %(default)s)")
