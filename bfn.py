@@ -231,12 +231,12 @@ def loss(data, net, x, label):
 
 def guided_output(data, net, theta, t, label, guidance):
     """The output distribution at time t, a 0-d tensor, as its parameters p. Classifier-free guidance makes them
-    p_none + guidance (p_label - p_none); guidance is its paper's 1 + w. It acts where noise is 0.8 to 5 times the
-    signal in theta, t = 0.003 to 0.07 for grey values, 0.09 to 0.6 for K = 2; there digits take shape."""
+    p_none + guidance (p_label - p_none); guidance is its paper's 1 + w. It acts where noise is 0.8 to 2.5 times the
+    signal in theta, t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2; there digits take shape."""
     noise = (data.c / data.beta(t)) ** 0.5  # the deviation of theta / beta; its mean, s(x), is about 1 in size
     t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
-    if guidance == 1 or not 0.8 < noise < 5:
+    if guidance == 1 or not 0.8 < noise < 2.5:
         return output
     output_none = data.output(net, theta, t, torch.full_like(label, common.NOT_TOLD))
     return output_none + guidance * (output - output_none)

@@ -120,14 +120,14 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
 
     With eta = 1 and s = t - 1 this is DDPM's algorithm 2, with x_0_hat clipped: the mean is mu_tilde and sigma^2 is
     beta_tilde of its eq. 7. With eta = 0 no noise is added (DDIM). If steps does not divide T, t is fractional.
-    Guidance acts where the factor on the noise is 0.8 to 5 times that on x_0; there digits take shape.
+    Guidance acts where the factor on the noise is 0.8 to 2.5 times that on x_0; there digits take shape.
     """
     eta = SAMPLERS[sampler]
     x_t = torch.randn(len(label), 1, 28, 28).to(next(net.parameters()).device)  # x_T
     times = torch.linspace(T, 0, steps + 1, dtype=torch.float64)
     for t, s in zip(times[:-1], times[1:]):
         a_t, a_s = alpha_bar(t).item(), alpha_bar(s).item()
-        guided = 0.8 * a_t ** 0.5 < (1 - a_t) ** 0.5 < 5 * a_t ** 0.5
+        guided = 0.8 * a_t ** 0.5 < (1 - a_t) ** 0.5 < 2.5 * a_t ** 0.5
         x_0_hat = predict_x_0(net, x_t, t.expand(len(label)), label, guidance if guided else 1)
         yield t.item() / T, x_t, x_0_hat
         eps_hat = (x_t - a_t ** 0.5 * x_0_hat) / (1 - a_t) ** 0.5
