@@ -113,8 +113,8 @@ def test_guidance_goes_on_from_the_prediction_without_label_to_the_one_with_it()
     assert torch.allclose(output, torch.tensor([1.0 + 1.5 * 0.5, 0.5]).view(2, 1, 1, 1))
     seen = []
     net = fake_net(lambda x, t, label: seen.append((t[0].item(), label[0] == common.NOT_TOLD)) or x[:, :1])
-    list(diffusion.sample(net, label[:1], 200, guidance=2))  # it acts where the noise is 0.8 to 5 times the image
-    assert {t for t, none in seen if none} == {t for t, _ in seen if 0.8 < math.tan(math.pi / 2 * t) < 5}
+    list(diffusion.sample(net, label[:1], 200, guidance=2))  # it acts where the noise is 0.8 to 2.5 times the image
+    assert {t for t, none in seen if none} == {t for t, _ in seen if 0.8 < math.tan(math.pi / 2 * t) < 2.5}
 
 
 # ------------------------------------------------------------------------------------------------------------ BFN
