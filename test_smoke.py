@@ -542,7 +542,7 @@ def test_impossible_settings(out, tmp_path):
             (tmp_path / "new", ["--dataset", "mnist", "--data-dir", tmp_path / "file"], "could not be read or down"),
             (tmp_path / "new", ["--device", "mps" if torch.cuda.is_available() else "cuda"], "the GPU cannot be used"),
             (tmp_path / "file", [], "cannot be written to"), (out, ["--seed", 5], "seed 0 there, 5 here"),
-            (out, ["--lr", 0.1], "lr 0.005 there, 0.1 here"), (out, ["--batch-size", 32], "batch_size"),
+            (out, ["--lr", 0.1], "lr 0.002 there, 0.1 here"), (out, ["--batch-size", 32], "batch_size"),
             (out, ["--limit", 63], "limit.*--dataset drawn"), (out, ["--no-labels"], "no_labels")]:
         with pytest.raises(SystemExit, match=message):
             main("diffusion", folder, "--epochs", 2, *flags)
@@ -595,6 +595,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "loss", lambda net, x, label: next(net.parameters()).sum() * math.nan)
-    with pytest.raises(SystemExit, match="no longer a number in epoch 1 with --lr 0.005"):
+    with pytest.raises(SystemExit, match="no longer a number in epoch 1 with --lr 0.002"):
         main("diffusion", tmp_path, "--epochs", 1)
     assert not (tmp_path / "diffusion" / "checkpoint.pt").exists()
