@@ -216,7 +216,7 @@ def loss_at(data, net, x, t, label, clip=math.inf):
 
     which is -ln(sigma_1) E sigma_1^(-2t) ||x - x_hat||^2 (eq. 101) or K beta(1) E t ||x - x_hat||^2 (eq. 205)."""
     theta = flow(data, x, t, common.randn_like(x))
-    x_hat = data.mean(data.output(net, theta, t, label)).clamp(-clip, clip)
+    x_hat = data.mean(data.output(net, theta, t, label)).clamp(-clip, clip)  # a clipped x_hat would have no gradient
     weight = common.column(data.alpha(t) / (2 * data.c), x)
     return (weight * (data.s(x) - data.s(x_hat)) ** 2).flatten(1).sum(1)
 
