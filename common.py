@@ -79,7 +79,6 @@ class ShuffleUnit(nn.Module):
         self.back = Block(channels // 2, condition_channels)
 
     def forward(self, x, condition):
-        """x: [B, channels, H, W]; condition: [B, condition_channels]."""
         a, b = x.chunk(2, dim=1)
         b = b + self.there(a, condition)
         a = a + self.back(b, condition)
@@ -91,18 +90,18 @@ class UNet(nn.Module):
     """The shuffled U-Net: image, time and label to image. The units work at 7x7, where a pixel sees the whole image
     after few layers. All convolutions are dense and on CPUs in channels_last memory, the fastest way there."""
 
-    def __init__(self, in_channels, out_channels, wide=64, deep=128, units=2, condition_channels=128):
+    def __init__(self, in_channels, out_channels, width=64, units=2, condition_channels=128):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0.5, 3, 32), persistent=False)
         self.time = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, condition_channels))
         self.label = nn.Embedding(11, condition_channels)                              # ten classes and NOT_TOLD
-        self.stem = nn.Conv2d(in_channels, wide, 4, stride=2, padding=1)               # 28x28 -> 14x14
-        self.shrink = nn.Conv2d(wide, deep, 2, stride=2)                               # 14x14 -> 7x7
-        self.units = nn.ModuleList(ShuffleUnit(deep, condition_channels) for _ in range(units))
-        self.grow = nn.ConvTranspose2d(deep, wide, 2, stride=2)                        # 7x7 -> 14x14
-        self.norm = nn.GroupNorm(8, wide)
-        self.conv = nn.Conv2d(wide, wide, 3, padding=1)
-        self.head = nn.ConvTranspose2d(wide, out_channels, 4, stride=2, padding=1)     # 14x14 -> 28x28
+        self.stem = nn.Conv2d(in_channels, width, 4, stride=2, padding=1)              # 28x28 -> 14x14
+        self.shrink = nn.Conv2d(width, 2 * width, 2, stride=2)                         # 14x14 -> 7x7
+        self.units = nn.ModuleList(ShuffleUnit(2 * width, condition_channels) for _ in range(units))
+        self.grow = nn.ConvTranspose2d(2 * width, width, 2, stride=2)                  # 7x7 -> 14x14
+        self.norm = nn.GroupNorm(8, width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.ConvTranspose2d(width, out_channels, 4, stride=2, padding=1)    # 14x14 -> 28x28
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -122,22 +121,26 @@ class UNet(nn.Module):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but 3x3 convolutions step by their momentum made orthogonal: the singular values of that matrix, [out,
-    9 in], are brought near 1, so that all directions move equally far (Jordan et al. 2024, Muon,
+    """AdamW, but 3x3 convolutions, of one shape, step by their momentum made orthogonal: the singular values of that
+    matrix, [out, 9 in], are brought near 1, so that all directions move equally far (Jordan et al. 2024, Muon,
     kellerjordan.github.io/posts/muon), without weight decay. A step is about 0.2 lr, as AdamW's (arXiv 2502.16982)."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for w in [w for w in group["params"] if w.shape[2:] == (3, 3) and w.grad is not None]:
+            weights = [w for w in group["params"] if w.shape[2:] == (3, 3) and w.grad is not None]
+            for w in weights:
                 if not self.state[w]:  # AdamW asks for "step" when it is loaded
                     self.state[w].update(momentum=torch.zeros_like(w), step=torch.zeros(()))
-                momentum = self.state[w]["momentum"].lerp_(w.grad, 0.05)
-                X = F.normalize(w.grad.lerp(momentum, 0.95).flatten(), dim=0).view(len(w), -1)  # Nesterov's
-                for _ in range(5):  # a Newton-Schulz iteration
-                    A = X @ X.T
-                    X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
-                w.sub_(X.view_as(w), alpha=0.2 * group["lr"] * max(X.shape) ** 0.5)
+                w.grad.lerp_(self.state[w]["momentum"].lerp_(w.grad, 0.05), 0.95)  # Nesterov's momentum
+            X = torch.stack([F.normalize(w.grad.flatten(), dim=0).view(len(w), -1) for w in weights])
+            A = X @ X.mT
+            P = I = torch.eye(len(A[0]), device=A.device)
+            for _ in range(5):  # Newton-Schulz: X <- S X, by way of A = X X^T and of P, the product of all S
+                S = 3.4445 * I - 4.7750 * A + 2.0315 * A @ A
+                A, P = S @ A @ S, S @ P
+            for w, update in zip(weights, P @ X):
+                w.sub_(update.view_as(w), alpha=0.2 * group["lr"] * max(update.shape) ** 0.5)
                 w.grad = None  # AdamW leaves it alone then
         super().step()
 
@@ -264,7 +267,7 @@ def parse_args(description, argv, samplers, data_types=()):
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add = parser.add_argument
     add("--epochs", type=within(int, 1), default=20, help="train until this many epochs are done (default %(default)s)")
-    add("--batch-size", type=within(int, 1), default=64, metavar="B", help="images a step (default %(default)s)")
+    add("--batch-size", type=within(int, 1), default=96, metavar="B", help="images a step (default %(default)s)")
     add("--lr", type=within(float, 1e-9, 1e9), default=2e-3, help="highest learning rate (default %(default)s)")
     add("--seed", type=within(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: cuda if usable, else cpu")
@@ -374,8 +377,7 @@ class Run:
         except Exception as error:  # whatever torch raises of a file that is no checkpoint
             state = error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            fail(f"{checkpoint} is not a checkpoint of this version ({type(state).__name__}); it is left as it is: "
-                 "move it away, or start over with --fresh")
+            fail(f"{checkpoint} is not a checkpoint of this version: move it away, or start over with --fresh")
         self.net.load_state_dict(state["net"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -410,8 +412,7 @@ class Run:
                "images_per_second": len(losses) * self.args.batch_size / seconds,
                "test": test.mean().item(), "test_se": (test.std() / len(test) ** 0.5).item()}
         if not math.isfinite(row["train_loss"] + row["test"]):
-            fail(f"the loss is no longer a number in epoch {epoch} with --lr {self.args.lr:g}: try a smaller one; "
-                 "what earlier epochs trained is kept")
+            fail(f"the loss is no longer a number in epoch {epoch}: try a smaller --lr; earlier epochs are kept")
         print(f"epoch {epoch}/{self.args.epochs}: {seconds:.0f} s, {row['images_per_second']:.0f} images/s, training "
               f"loss {row['train_loss']:.4f}, test {row['test']:.3f} +- {row['test_se']:.3f} {self.unit}", flush=True)
         self.history.append(row)
