@@ -21,17 +21,17 @@ diffusion.py the image is at 0.) t and labels are on the CPU.
 
 Departures from the paper:
 
-1. The network is told the digit, except of an image in ten at random (label common.NOT_TOLD; with `--no-labels`, of
-   all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at middle noise
-   levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `main`, `guided_output`.
+1. The network is told the digit of nine images in ten (of the rest, at random, and of all with `--no-labels`, the label
+   is common.NOT_TOLD), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at
+   middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `main`, `guided_output`.
 2. For grey values the network sees mu scaled to unit size, not mu, and predicts v (Salimans & Ho 2022, arXiv
    2202.00512), not eps; training does not clip x_hat. For classes theta is added to its output: `output`.
 3. The network also sees Fourier features of grey values (after Kingma et al. 2021, arXiv 2107.00630): `output`.
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
 5. The sampler's message is about x_hat, not about a draw from the output distribution (continuous: the same): `sample`.
    `--sampler paper --guidance 1` samples with the paper's messages and times, from T_MIN on.
-6. The optimizer is Muon (Jordan et al. 2024) for 3x3 convolutions, AdamW for the rest; the learning rate rises over 200
-   updates, then falls linearly to 0; sampler and bound use weights averaged over some 200 updates: `main`.
+6. The optimizer common.Muon is Muon (Jordan et al. 2024) for 3x3 convolutions, AdamW for the rest; the learning rate
+   rises over 200 updates and falls linearly to 0; the exponential average (EMA) of the weights has decay 0.995: `main`.
 """
 import functools
 import math
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 import common
 
-T_MIN = 1e-5  # the earliest t: grey values' `output` and the sampler "ode" (Xue et al. 2024) divide by beta(t)
+T_MIN = 1e-5  # the earliest t: grey values' `output`, `guided_output` and the sampler "ode" divide by beta(t)
 
 
 # -------------------------------------------------------------------------------------------------- the messages
@@ -68,12 +68,12 @@ def flow(data, x, t, eps):
 
 
 # --------------------------------------------------------------------------------------------- the types of data
-#   encode(images) -> x, decode(x) -> images      images are in [-1, 1]; x is what messages are about, by s(x) and c
+#   encode(images) -> x, decode(x) -> images      images are in [-1, 1]; messages tell x, by way of s(x) and c above
 #   beta(t), alpha(t)                             the accuracy of all messages up to t; its slope d beta / dt
 #   belief(theta, t)                              the mean of the input distribution, for pictures
 #   output(net, theta, t, label)                  the output distribution: the tensor of its parameters
-#   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) in nats, for each pixel, at t = 1
-#   times(u), uniform_share                       times, mostly early, for u in [0, 1]; share of training's t that are u
+#   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) at t = 1, in nats, of each pixel
+#   times(u), uniform_share                       times, mostly early, for u in [0, 1]; share of training's t at t = u
 
 class Continuous:
     """Grey values as real numbers (§4): x is the image, [B, 1, 28, 28] in [-1, 1]."""
@@ -82,9 +82,9 @@ class Continuous:
     sigma_1 = 0.001  # the deviation of Bob's belief at t = 1; grey values are 0.0078 apart
     uniform_share = 0.25
     unit = "bits/dim"
-    channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; net input (scaled mu, features); net output (v)
+    channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; of the network: in, scaled mu and features; out, v
 
-    encode = decode = s = mean = draw = staticmethod(lambda x: x)  # the output distribution is all on x_hat
+    encode = decode = s = mean = draw = staticmethod(lambda x: x)  # the output is x_hat itself
 
     def beta(self, t):
         """beta(t) = sigma_1^(-2t) - 1, so that alpha(t) = d beta / dt = -2 ln(sigma_1) sigma_1^(-2t) (eq. 72, 74)"""
@@ -97,7 +97,7 @@ class Continuous:
         return theta / (1 + common.column(self.beta(t), theta))
 
     def output(self, net, theta, t, label):
-        """x_hat (for discretized data, a normal's mean, ln deviation). With gamma = beta / (1 + beta) the network sees
+        """x_hat (discretized data: a normal's mean and ln deviation). With gamma = beta / (1 + beta) the network sees
         mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, which is a diffusion model's x_t with gamma for
         alpha_bar, and says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So  x = mu - sqrt(1 - gamma) v.
 
@@ -106,8 +106,8 @@ class Continuous:
         """
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation of the input distribution
-        features = common.fourier_features(theta / beta, beta ** -0.5)  # of x + eps / sqrt(beta); its noise's size
-        said = net(torch.cat([theta / (beta * (1 + beta)).sqrt(), features], dim=1), t, label)  # v; ln(dev. / sigma)
+        features = common.fourier_features(theta / beta, beta ** -0.5)  # x + eps / sqrt(beta); its noise's size
+        said = net(torch.cat([theta / (beta * (1 + beta)).sqrt(), features], dim=1), t, label)  # v [, ln(dev. / sigma)]
         return torch.cat([mu - sigma * said[:, :1], (sigma.log() + said[:, 1:]).clamp(-12, 2)], dim=1)
 
     def nll(self, output, x):
@@ -116,7 +116,7 @@ class Continuous:
 
     def times(self, u):
         """1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t: diffusion.py's noise levels, backwards. (In the
-        paper t = u; but a digit has its shape by t = 0.2.)"""
+        paper t = u; but a digit takes shape before t = 0.1.)"""
         return (torch.sin(math.pi / 2 * (1 - u)).log() / math.log(self.sigma_1)).clamp(max=1)
 
 
@@ -129,14 +129,14 @@ class Discretized(Continuous):
 
     def mean(self, output):
         """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
-        For X of deviation < 1 it computes the ten terms nearest the mean; terms before are 1, those after 0. For larger
-        ones it is the mean of X clipped to 0..255, which is off by 0.02 at most."""
+        If X's deviation is < 1 grey value, the ten terms nearest the mean are computed; those before are 1, those after
+        0. If it is larger, the mean is taken of X clipped to 0..255, which is off by 0.02 at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
         m, sigma = (output[:, :1] + 1) * 127.5, output[:, 1:].exp() * 127.5
-        narrow = k = m.detach().round().clamp(0, 255)
-        for j in range(-5, 5):
-            edge = k + j + 0.5
-            narrow = narrow + (edge > 0) * (edge < 255) * (Phi((m - edge) / sigma) - int(j < 0))
+        narrow = near = m.detach().round().clamp(0, 255)
+        for i in range(-5, 5):
+            edge = near + i + 0.5
+            narrow = narrow + (edge > 0) * (edge < 255) * (Phi((m - edge) / sigma) - int(i < 0))  # 1 is in near
         a, b = -m / sigma, (255 - m) / sigma
         phi_a, phi_b = [torch.exp(-z ** 2 / 2) / (2 * math.pi) ** 0.5 for z in (a, b)]
         wide = 255 + m * (Phi(b) - Phi(a)) - 255 * Phi(b) + sigma * (phi_a - phi_b)
@@ -209,14 +209,14 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 
 def loss_at(data, net, x, t, label, clip=math.inf):
     """L_inf's integrand at t, for a draw of theta, in nats, [B]. L_inf is the cost of infinitely many, infinitely small
-    messages. One of accuracy a costs its KL divergence from what Bob expects, which is N(a s(x_hat), c a) for small a:
+    messages. One of accuracy a costs its KL divergence from what Bob expects (for small a, N(a s(x_hat), c a)), that is
     a / (2 c) ||s(x) - s(x_hat)||^2. Those between t and t + dt have accuracy alpha(t) dt in all. So
 
     L_inf = E_{t, theta} alpha(t) / (2 c) ||s(x) - s(x_hat)||^2,  t uniform in [0, 1]
 
     which is -ln(sigma_1) E sigma_1^(-2t) ||x - x_hat||^2 (eq. 101) or K beta(1) E t ||x - x_hat||^2 (eq. 205)."""
     theta = flow(data, x, t, common.randn_like(x))
-    x_hat = data.mean(data.output(net, theta, t, label)).clamp(-clip, clip)  # a clipped x_hat would have no gradient
+    x_hat = data.mean(data.output(net, theta, t, label)).clamp(-clip, clip)  # not in training: it stops gradients
     weight = common.column(data.alpha(t) / (2 * data.c), x)
     return (weight * (data.s(x) - data.s(x_hat)) ** 2).flatten(1).sum(1)
 
@@ -230,10 +230,10 @@ def loss(data, net, x, label):
 
 
 def guided_output(data, net, theta, t, label, guidance):
-    """The output distribution at time t, a 0-d tensor, as its parameters p. Classifier-free guidance makes them
+    """The parameters p of the output distribution at time t, a 0-d tensor. Classifier-free guidance makes them
     p_none + guidance (p_label - p_none); guidance is its paper's 1 + w. It acts where noise is 0.8 to 2.5 times the
     signal in theta, t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2; there digits take shape."""
-    noise = (data.c / data.beta(t)) ** 0.5  # the deviation of theta / beta; its mean, s(x), is about 1 in size
+    noise = (data.c / data.beta(t)) ** 0.5  # relative to the signal in theta: s(x) is about 1 in size
     t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
     if guidance == 1 or not 0.8 < noise < 2.5:
@@ -247,10 +247,10 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
     """From a belief that is noise to one image for each label [N]: yields t, belief, x_hat (images [N, 1, 28, 28])
     before each step, and last a draw from the output distribution in place of x_hat.
 
-    "paper" is algorithms 3, 6 and 9, at t = u: Bob makes up a message about a draw from the output distribution. In
-    "mean" it is about x_hat, the same for infinitely many steps; with few, independently drawn pixels look grainy.
+    "paper" is algorithms 3, 6 and 9, in even steps: Bob makes up a message about a draw from the output distribution.
+    In "mean" it is about x_hat, the same for infinitely many steps; with few, independently drawn pixels look grainy.
     "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps) (arXiv
-    2404.15766, §4, §5). All start at T_MIN, theta being the noise it has there; the paper's theta is 0 at t = 0."""
+    2404.15766, §4, §5). All start at T_MIN, where theta is nearly all noise; the paper's theta is 0 at t = 0."""
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else data.times(u))
@@ -290,7 +290,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = TYPES[args.data_type]()
     net = common.UNet(data.in_channels, data.out_channels).to(args.device)
-    # the averaged weights: they sample and are measured; n_averaged counts the updates
+    # the averaged weights, for sampler and bound; n_averaged counts the updates
     ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
     optimizer = common.Muon(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "bfn-" + args.data_type, f"BFN ({args.data_type})", data.unit, "belief", net, ema, optimizer,

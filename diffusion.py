@@ -18,18 +18,18 @@ x_0 is float [B, 1, 28, 28] in [-1, 1]. t [B] is the step, 1 to T; 0 is the imag
 CPU. A step of the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z with z ~ N(0, I). t of them make
 `q_sample`, where alpha_bar_t is the product of 1 - beta up to t; so beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}. A step
 of the model is p(x_{t-1} | x_t) = q(x_{t-1} | x_t, x_0_hat), where x_0_hat is predicted. The last one, p(x_0 | x_1), is
-in `bound`; the sampler takes its mean.
+in `bound`; of it the sampler takes the mean, x_0_hat.
 
 Departures from DDPM:
 
-1. The network is told the digit, except of an image in ten at random (label common.NOT_TOLD; with `--no-labels`, of
-   all), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at middle noise
-   levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `main`, `predict_x_0`, `sample`.
+1. The network is told the digit of nine images in ten (of the rest, at random, and of all with `--no-labels`, the label
+   is common.NOT_TOLD), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at
+   middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `main`, `predict_x_0`, `sample`.
 2. The noise schedule is a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17 with s = 0): `alpha_bar`.
 3. The network predicts v, not eps; x_0 follows from v (Salimans & Ho 2022, arXiv 2202.00512): `predict_v`, `loss`.
 4. It also sees Fourier features of x_t / sqrt(alpha_bar_t) (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
-5. The optimizer is Muon (Jordan et al. 2024) for 3x3 convolutions, AdamW for the rest; the learning rate rises over 200
-   updates, then falls linearly to 0; sampler and bound use weights averaged over some 200 updates: `main`.
+5. The optimizer common.Muon is Muon (Jordan et al. 2024) for 3x3 convolutions, AdamW for the rest; the learning rate
+   rises over 200 updates and falls linearly to 0; the exponential average (EMA) of the weights has decay 0.995: `main`.
 6. x_0_hat is clipped to the range of pixels, and the sampler may take fewer steps: `predict_x_0`, `sample`.
    `--sampler ancestral --steps 1000 --guidance 1` is DDPM's algorithm 2 but for the clipping.
 """
@@ -70,10 +70,10 @@ def predict_v(net, x_t, t, label):
     """The network's prediction, [B, 1, 28, 28], of v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
 
     DDPM's network predicts eps. But at T, x_t = eps, so that x_0 = (x_t - eps) / 0 = 0 / 0; v is -x_0 there. (x_t, v)
-    is (x_0, eps) turned by an angle, so that x_0 follows from x_t and v, see `predict_x_0`.
+    is (x_0, eps) turned by the angle pi/2 t / T, so that x_0 follows from x_t and v, see `predict_x_0`.
     """
     signal, noise = signal_and_noise(t, x_t)
-    signal = signal.clamp(min=1e-3)  # 0 at T, where noise / signal is so large that it fades the features to 0
+    signal = signal.clamp(min=1e-3)  # it is 0 at T; there noise / signal = 1000 fades all features to 0
     features = common.fourier_features(x_t / signal, noise / signal)
     return net(torch.cat([x_t, features], dim=1), t / T, label)
 
@@ -95,7 +95,7 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 
 def loss(net, x_0, label):
-    """DDPM's algorithm 1 without the gradient step: the loss, a scalar, is eq. 14 with v for eps, per pixel."""
+    """DDPM's algorithm 1 without the gradient step: the loss, a scalar, is eq. 14 with v for eps, as a mean."""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = common.randn_like(x_0)  # drawn on the CPU: the same on every device
     x_t = q_sample(x_0, t, eps)
@@ -140,9 +140,9 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
 
 def kl_step(x_0, x_0_hat, t):
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], for t in 2..T (DDPM eq. 8). Both are normals of the
-    same variance, beta_tilde (DDPM eq. 7), and their means differ by x_0_hat in place of x_0:
+    same variance, beta_tilde (DDPM eq. 7), and p's mean has x_0_hat in place of x_0:
 
-    mu_tilde_t = x_0 sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) + (...) x_t
+    mu_tilde_t = (sqrt(alpha_bar_{t-1}) beta_t x_0 + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) x_t) / (1 - alpha_bar_t)
     beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
     KL = (the difference of the means)^2 / (2 beta_tilde_t), summed over pixels
     """
@@ -159,9 +159,9 @@ def bound(net, x_0, label):
 
     L = L_T + sum_{t=2..T} L_{t-1} + L_0
 
-    prior, L_T, is 0 because alpha_bar_T is. diffusion, the sum, is estimated from one term for each image, divided by
-    the probability of its t; that is proportional to 1 / t, as the terms are roughly. decoder, L_0, is -ln p(x_0 | x_1)
-    where p is N(x_0_hat, beta_1) cut into 256 grey values (DDPM eq. 13). All is of T steps without guidance.
+    L_T ("prior") is 0 because alpha_bar_T is. The sum ("diffusion") is estimated from one term for each image, divided
+    by the probability of its t, which is proportional to 1 / t, as the terms roughly are. L_0 ("decoder") is
+    -ln p(x_0 | x_1), where p is N(x_0_hat, beta_1) cut into 256 grey values (DDPM eq. 13). Always T steps, no guidance.
     """
     probability = 1 / torch.arange(2, T + 1).double()  # of t = 2..T
     probability = probability / probability.sum()
@@ -184,8 +184,8 @@ def bound(net, x_0, label):
 def main(argv=None):
     args = common.parse_args(__doc__, argv, list(SAMPLERS))
     torch.manual_seed(args.seed)
-    net = common.UNet(in_channels=1 + 16, out_channels=1).to(args.device)  # x_t and its Fourier features; v
-    # the averaged weights: they sample and are measured; n_averaged counts the updates
+    net = common.UNet(in_channels=1 + 16, out_channels=1).to(args.device)  # in: x_t and its Fourier features; out: v
+    # the averaged weights, for sampler and bound; n_averaged counts the updates
     ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
     optimizer = common.Muon(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "diffusion", "DDPM", "bits/dim", "x_t", net, ema, optimizer, sample, bound)
