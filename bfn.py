@@ -250,7 +250,7 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
     "paper" is algorithms 3, 6 and 9, in even steps: Bob makes up a message about a draw from the output distribution.
     In "mean" it is about x_hat, the same for infinitely many steps; with few, independently drawn pixels look grainy.
     "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps) (arXiv
-    2404.15766, §4, §5). All start at T_MIN, where theta is nearly all noise; the paper's theta is 0 at t = 0."""
+    2404.15766, §4, §5). All start at T_MIN, where theta is taken as all noise; the paper's theta is 0 at t = 0."""
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else data.times(u))

@@ -136,7 +136,7 @@ class Muon(torch.optim.AdamW):
             X = torch.stack([F.normalize(w.grad.flatten(), dim=0).view(len(w), -1) for w in weights])
             A = X @ X.mT
             P = I = torch.eye(len(A[0]), device=A.device)
-            for _ in range(5):  # Newton-Schulz: X <- S X, by way of A = X X^T and of P, the product of all S
+            for _ in range(5):  # Newton-Schulz: X <- S X, by way of A = X X^T and P, the product of all S; in float32
                 S = 3.4445 * I - 4.7750 * A + 2.0315 * A @ A
                 A, P = S @ A @ S, S @ P
             for w, update in zip(weights, P @ X):
