@@ -27,7 +27,7 @@ from torch import nn
 
 NOT_TOLD = 10  # the label of an image whose class the network is not told
 NINE = torch.arange(1, 10)  # the digits of all pictures, in reading order
-STEPS, GUIDANCE = 50, 1.22  # defaults of the command line
+STEPS, GUIDANCE = 40, 1.22  # defaults of the command line
 FORMAT = 3  # of checkpoints
 if hasattr(torch.backends, "nnpack"):
     torch.backends.nnpack.set_flags(False)  # it slows down convolutions where torch has no oneDNN (Apple silicon)
@@ -489,7 +489,7 @@ class Run:
         """The bound on the whole test set; Frechet distance and shares of right and of clear digits, of 10,000 drawn
         ones (of fewer after less than 20 epochs or with more steps: measuring should not outlast training)."""
         images, labels = self.test
-        terms = self.measure(len(images), repeats=min(4, len(self.history)))
+        terms = self.measure(len(images), repeats=min(2, len(self.history)))
         total = sum(terms.values())
         final = {"bound": total.mean().item(), "bound_se": (total.std() / len(total) ** 0.5).item(),
                  "parts": {name: term.mean().item() for name, term in terms.items()},
