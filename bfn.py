@@ -21,9 +21,9 @@ diffusion.py the image is at 0.) t and labels are on the CPU.
 
 Departures from the paper:
 
-1. The network is told the digit of nine images in ten (of the rest, at random, and of all with `--no-labels`, the label
-   is common.NOT_TOLD), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at
-   middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `main`, `guided_output`.
+1. The network is told the digit, so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
+   2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). In training the label of an
+   image in ten, at random, is common.NOT_TOLD; with `--no-labels` all labels are: `main`, `guided_output`.
 2. For grey values the network sees mu scaled to unit size, not mu, and predicts v (Salimans & Ho 2022, arXiv
    2202.00512), not eps; training does not clip x_hat. For classes theta is added to its output: `output`.
 3. The network also sees Fourier features of grey values (after Kingma et al. 2021, arXiv 2107.00630): `output`.
@@ -129,14 +129,14 @@ class Discretized(Continuous):
 
     def mean(self, output):
         """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
-        If X's deviation is < 1 grey value, the ten terms nearest the mean are computed; those before are 1, those after
-        0. If it is larger, the mean is taken of X clipped to 0..255, which is off by 0.02 at most."""
+        If X's deviation is < 1 grey value: near, the rounded mean, has the terms up to it as 1, those after as 0; ten
+        around it are corrected. If it is larger, the mean is that of X clipped to 0..255, off by 0.02 at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
         m, sigma = (output[:, :1] + 1) * 127.5, output[:, 1:].exp() * 127.5
         narrow = near = m.detach().round().clamp(0, 255)
         for i in range(-5, 5):
             edge = near + i + 0.5
-            narrow = narrow + (edge > 0) * (edge < 255) * (Phi((m - edge) / sigma) - int(i < 0))  # 1 is in near
+            narrow = narrow + (edge > 0) * (edge < 255) * (Phi((m - edge) / sigma) - int(i < 0))
         a, b = -m / sigma, (255 - m) / sigma
         phi_a, phi_b = [torch.exp(-z ** 2 / 2) / (2 * math.pi) ** 0.5 for z in (a, b)]
         wide = 255 + m * (Phi(b) - Phi(a)) - 255 * Phi(b) + sigma * (phi_a - phi_b)
@@ -249,8 +249,8 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
 
     "paper" is algorithms 3, 6 and 9, in even steps: Bob makes up a message about a draw from the output distribution.
     In "mean" it is about x_hat, the same for infinitely many steps; with few, independently drawn pixels look grainy.
-    "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps) (arXiv
-    2404.15766, §4, §5). All start at T_MIN, where theta is taken as all noise; the paper's theta is 0 at t = 0."""
+    "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps) (Xue
+    et al. 2024, arXiv 2404.15766, §4, §5). All start at T_MIN, where theta is taken as all noise; the paper's is 0."""
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else data.times(u))

@@ -121,8 +121,8 @@ class UNet(nn.Module):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but 3x3 convolutions, of one shape, step by their momentum made orthogonal: the singular values of that
-    matrix, [out, 9 in], are brought near 1, so that all directions move equally far (Jordan et al. 2024, Muon,
+    """AdamW, but 3x3 convolutions (all must have one shape) step by their momentum made orthogonal: the singular values
+    of that matrix, [out, 9 in], are brought near 1, so that all directions move equally far (Jordan et al. 2024, Muon,
     kellerjordan.github.io/posts/muon), without weight decay. A step is about 0.2 lr, as AdamW's (arXiv 2502.16982)."""
 
     @torch.no_grad()

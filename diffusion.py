@@ -22,9 +22,9 @@ in `bound`; of it the sampler takes the mean, x_0_hat.
 
 Departures from DDPM:
 
-1. The network is told the digit of nine images in ten (of the rest, at random, and of all with `--no-labels`, the label
-   is common.NOT_TOLD), so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), at
-   middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724): `main`, `predict_x_0`, `sample`.
+1. The network is told the digit, so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
+   2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). In training the label of an
+   image in ten, at random, is common.NOT_TOLD; with `--no-labels` all labels are: `main`, `predict_x_0`, `sample`.
 2. The noise schedule is a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17 with s = 0): `alpha_bar`.
 3. The network predicts v, not eps; x_0 follows from v (Salimans & Ho 2022, arXiv 2202.00512): `predict_v`, `loss`.
 4. It also sees Fourier features of x_t / sqrt(alpha_bar_t) (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
@@ -70,7 +70,7 @@ def predict_v(net, x_t, t, label):
     """The network's prediction, [B, 1, 28, 28], of v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
 
     DDPM's network predicts eps. But at T, x_t = eps, so that x_0 = (x_t - eps) / 0 = 0 / 0; v is -x_0 there. (x_t, v)
-    is (x_0, eps) turned by the angle pi/2 t / T, so that x_0 follows from x_t and v, see `predict_x_0`.
+    is (x_0, eps) turned by -pi/2 t / T, so that x_0 follows from x_t and v, see `predict_x_0`.
     """
     signal, noise = signal_and_noise(t, x_t)
     signal = signal.clamp(min=1e-3)  # it is 0 at T; there noise / signal = 1000 fades all features to 0
