@@ -10,9 +10,9 @@
 Alice sends Bob an image in messages, each of them the image plus noise; how much a message tells is its accuracy. Bob
 has a belief about each pixel on its own (the input distribution, set by t and by theta, the sum of the messages) and
 improves it with each message by Bayes' rule. A network looks at all of these beliefs together and predicts the image
-(the output distribution, of mean x_hat). A message costs bits only as far as Bob predicted it wrongly: these bits, and
-those of the image given Bob's last prediction, add up to the length of a code for the image. With no Alice, Bob makes
-up her messages from his own predictions, and a new image appears.
+(the output distribution, of mean x_hat). A message costs its KL divergence from what Bob expected (bits-back coding:
+its noise is free); all messages' costs and the bits of the image given Bob's last prediction are the length of a code
+for the image. With no Alice, Bob makes up her messages from his own predictions, and a new image appears.
 
 Below are, in this order, messages, the types of data (grey values, continuous or discretized, and discrete classes),
 loss, sampler, likelihood bound and training loop. Sections and equations are those of Graves et al. 2023, Bayesian flow
@@ -22,11 +22,11 @@ diffusion.py the image is at 0.) t and labels are on the CPU.
 Departures from the paper:
 
 1. The network is told the digit, so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
-   2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). In training the label of an
-   image in ten, at random, is common.NOT_TOLD; with `--no-labels` all labels are: `main`, `guided_output`.
+   2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). For this, one label in ten, at
+   random, is common.NOT_TOLD in training (with `--no-labels` each one is): `main`, `guided_output`.
 2. For grey values the network sees mu scaled to unit size, not mu, and predicts v (Salimans & Ho 2022, arXiv
-   2202.00512), not eps; training does not clip x_hat. For classes theta is added to its output: `output`.
-3. The network also sees Fourier features of grey values (after Kingma et al. 2021, arXiv 2107.00630): `output`.
+   2202.00512), not eps; training does not clip x_hat. For classes theta is added to what it says: `output`.
+3. Fourier features show it small differences of grey values (after Kingma et al. 2021, arXiv 2107.00630): `output`.
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
 5. The sampler's message is about x_hat, not about a draw from the output distribution (continuous: the same): `sample`.
    `--sampler paper --guidance 1` samples with the paper's messages and times, from T_MIN on.
@@ -49,13 +49,13 @@ T_MIN = 1e-5  # the earliest t: grey values' `output`, `guided_output` and the s
 #
 #     y ~ N(alpha s(x), c alpha)          s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
-# (mean, variance). For classes this is eq. 157; for grey values it is alpha times eq. 86's, x plus noise of variance
-# 1 / alpha. In these units Bayes' rule is an addition: our theta is the sum of all messages so far. Let beta be the sum
-# of their accuracies. Then Bob's belief is: for grey values a normal of mean mu = theta / (1 + beta) and precision
+# (mean, variance). For classes this is eq. 157; for grey values eq. 86's message (x plus noise of variance 1 / alpha)
+# times alpha. In these units Bayes' rule is an addition: our theta is the sum of all messages so far. Let beta be the
+# sum of their accuracies. Then Bob's belief is: for grey values a normal of mean mu = theta / (1 + beta) and precision
 # 1 + beta (eq. 49, 50, prior N(0, 1)), for classes probabilities softmax(theta) (eq. 171; ln p(y | k) = y_k + const).
 
 def sender(data, x, alpha, eps):
-    """Alice's message y about x, of accuracy alpha, [B] or one number, made from noise eps ~ N(0, I) of x's shape."""
+    """Alice's message y about x, of accuracy alpha ([B] or one number), made from noise eps ~ N(0, I) of x's shape."""
     alpha = common.column(torch.as_tensor(alpha), x)
     return alpha * data.s(x) + (data.c * alpha).sqrt() * eps
 
@@ -73,7 +73,7 @@ def flow(data, x, t, eps):
 #   belief(theta, t)                              the mean of the input distribution, for pictures
 #   output(net, theta, t, label)                  the output distribution: the tensor of its parameters
 #   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) at t = 1, in nats, of each pixel
-#   times(u), uniform_share                       times, mostly early, for u in [0, 1]; share of training's t at t = u
+#   times(u), uniform_share                       times, mostly early, for u in [0, 1]; share of uniform t in training
 
 class Continuous:
     """Grey values as real numbers (§4): x is the image, [B, 1, 28, 28] in [-1, 1]."""
@@ -82,7 +82,7 @@ class Continuous:
     sigma_1 = 0.001  # the deviation of Bob's belief at t = 1; grey values are 0.0078 apart
     uniform_share = 0.25
     unit = "bits/dim"
-    channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; of the network: in, scaled mu and features; out, v
+    channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; into the network (scaled mu, features); out of it (v)
 
     encode = decode = s = mean = draw = staticmethod(lambda x: x)  # the output is x_hat itself
 
@@ -105,8 +105,8 @@ class Continuous:
         and tells nothing of x, while v is -x there.
         """
         beta = common.column(self.beta(t), theta)
-        mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation of the input distribution
-        features = common.fourier_features(theta / beta, beta ** -0.5)  # x + eps / sqrt(beta); its noise's size
+        mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation, sqrt(1 - gamma), of Bob's belief
+        features = common.fourier_features(theta / beta, beta ** -0.5)  # of x + eps / sqrt(beta)
         said = net(torch.cat([theta / (beta * (1 + beta)).sqrt(), features], dim=1), t, label)  # v [, ln(dev. / sigma)]
         return torch.cat([mu - sigma * said[:, :1], (sigma.log() + said[:, 1:]).clamp(-12, 2)], dim=1)
 
@@ -129,8 +129,8 @@ class Discretized(Continuous):
 
     def mean(self, output):
         """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
-        If X's deviation is < 1 grey value: near, the rounded mean, has the terms up to it as 1, those after as 0; ten
-        around it are corrected. If it is larger, the mean is that of X clipped to 0..255, off by 0.02 at most."""
+        If X's deviation is < 1 grey value: near, the rounded mean, counts the terms j <= near as 1, all others as 0;
+        the loop corrects ten. If it is larger: the mean of X clipped to 0..255, off by 0.02 grey values at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
         m, sigma = (output[:, :1] + 1) * 127.5, output[:, 1:].exp() * 127.5
         narrow = near = m.detach().round().clamp(0, 255)
@@ -209,30 +209,30 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 
 def loss_at(data, net, x, t, label, clip=math.inf):
     """L_inf's integrand at t, for a draw of theta, in nats, [B]. L_inf is the cost of infinitely many, infinitely small
-    messages. One of accuracy a costs its KL divergence from what Bob expects (for small a, N(a s(x_hat), c a)), that is
-    a / (2 c) ||s(x) - s(x_hat)||^2. Those between t and t + dt have accuracy alpha(t) dt in all. So
+    messages. One of accuracy a costs its KL divergence from what Bob expects (for small a, where noise hides the spread
+    of his prediction, N(a s(x_hat), c a)): a / (2 c) ||s(x) - s(x_hat)||^2. From t to t + dt, a is alpha(t) dt. So
 
     L_inf = E_{t, theta} alpha(t) / (2 c) ||s(x) - s(x_hat)||^2,  t uniform in [0, 1]
 
     which is -ln(sigma_1) E sigma_1^(-2t) ||x - x_hat||^2 (eq. 101) or K beta(1) E t ||x - x_hat||^2 (eq. 205)."""
     theta = flow(data, x, t, common.randn_like(x))
-    x_hat = data.mean(data.output(net, theta, t, label)).clamp(-clip, clip)  # not in training: it stops gradients
+    x_hat = data.mean(data.output(net, theta, t, label)).clamp(-clip, clip)  # inf in training: a clamp stops gradients
     weight = common.column(data.alpha(t) / (2 * data.c), x)
     return (weight * (data.s(x) - data.s(x_hat)) ** 2).flatten(1).sum(1)
 
 
 def loss(data, net, x, label):
-    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8). For grey values early times count more
-    than in L_inf: times(u) draws them more often, and no weight makes up for it."""
+    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8): L_inf, as in the paper. But for grey
+    values early times count more: times(u) draws them more often, and no importance weight makes up for it."""
     u = torch.rand(len(x))
     t = torch.where(torch.rand(len(x)) < data.uniform_share, u, data.times(u)).clamp(min=T_MIN)
     return loss_at(data, net, x, t, label).mean() / 784
 
 
 def guided_output(data, net, theta, t, label, guidance):
-    """The parameters p of the output distribution at time t, a 0-d tensor. Classifier-free guidance makes them
-    p_none + guidance (p_label - p_none); guidance is its paper's 1 + w. It acts where noise is 0.8 to 2.5 times the
-    signal in theta, t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2; there digits take shape."""
+    """The parameters p of the output distribution at time t, a 0-d tensor. Classifier-free guidance exaggerates what
+    the label does: p_none + guidance (p_label - p_none); guidance is its paper's 1 + w. It acts where noise is 0.8 to
+    2.5 times the signal in theta, t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2; there digits take shape."""
     noise = (data.c / data.beta(t)) ** 0.5  # relative to the signal in theta: s(x) is about 1 in size
     t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
@@ -248,9 +248,9 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
     before each step, and last a draw from the output distribution in place of x_hat.
 
     "paper" is algorithms 3, 6 and 9, in even steps: Bob makes up a message about a draw from the output distribution.
-    In "mean" it is about x_hat, the same for infinitely many steps; with few, independently drawn pixels look grainy.
+    In "mean" it is about x_hat: a few independent draws of each pixel look grainy, infinitely many average to x_hat.
     "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps) (Xue
-    et al. 2024, arXiv 2404.15766, §4, §5). All start at T_MIN, where theta is taken as all noise; the paper's is 0."""
+    et al. 2024, arXiv 2404.15766, §4, §5). All start at T_MIN with theta all noise (the paper: at t = 0, theta = 0)."""
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else data.times(u))
@@ -273,8 +273,8 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
 
 @torch.no_grad()
 def bound(data, net, images, label):
-    """An estimate, from one t per image, of an upper bound on -ln p(x | label) in nats, as its two terms, each [B]: the
-    messages' cost, L_inf, and the reconstruction's, L_r, which is `nll` at t = 1. No guidance is used."""
+    """-ln p(x | label) <= L_inf + L_r, in nats: unbiased estimates of the two, each [B], from one t and theta per
+    image. L_inf is the messages' cost, L_r the reconstruction's, the mean `nll` at t = 1. No guidance is used."""
     x = data.encode(images)
     t = (torch.rand(1) + torch.arange(len(x)) / len(x)) % 1  # each t is uniform; all together are evenly spread
     messages = loss_at(data, net, x, t.clamp(min=T_MIN), label, clip=1)

@@ -487,14 +487,14 @@ class Run:
 
     def measure_final(self):
         """The bound on the whole test set; Frechet distance and shares of right and of clear digits, of 10,000 drawn
-        ones (of fewer after less than 20 epochs or with more steps: measuring should not outlast training)."""
+        ones (of fewer after less than 20 epochs, of 2,000 with --steps: measuring should not outlast training)."""
         images, labels = self.test
         terms = self.measure(len(images), repeats=min(2, len(self.history)))
         total = sum(terms.values())
         final = {"bound": total.mean().item(), "bound_se": (total.std() / len(total) ** 0.5).item(),
                  "parts": {name: term.mean().item() for name, term in terms.items()},
                  "images_per_second": torch.tensor([row["images_per_second"] for row in self.history]).median().item()}
-        count = min(len(images), max(2000, 500 * len(self.history) * STEPS // (self.args.steps or STEPS)))
+        count = min(len(images), 2000 if self.args.steps else max(2000, 500 * len(self.history)))
         if count < 2000:
             return final
         classifier = trained_classifier(self.settings["dataset"], *self.train, self.args)

@@ -7,27 +7,31 @@
     python diffusion.py                       (`python diffusion.py --help` lists the flags)
 
 Noise is added to an image x_0 in T steps, x_1, ..., x_T, until nothing of the image is left. A network learns to
-predict x_0 from x_t; a step back draws x_{t-1} from x_t and that prediction; T steps back from pure noise make a new
-image. Below are, in this order, noise schedule, loss, sampler, likelihood bound and training loop; common.py has the
-network, its Fourier features and the optimizer. Equation numbers are those of
+predict x_0 from x_t. Where there is much noise, it can only predict a mean of many images, a blur; so a step back goes
+only to x_{t-1}, which is drawn from x_t and that prediction. T steps back from pure noise make a new image.
+
+Below are, in this order, noise schedule, loss, sampler, likelihood bound and training loop; common.py has the network,
+its Fourier features and the optimizer. Equation numbers are those of
 
     DDPM  Ho et al. 2020, Denoising diffusion probabilistic models, arXiv 2006.11239
     DDIM  Song et al. 2021, Denoising diffusion implicit models, arXiv 2010.02502 (its alpha is alpha_bar)
 
-x_0 is float [B, 1, 28, 28] in [-1, 1]. t [B] is the step, 1 to T; 0 is the image. t and labels (int64 [B]) are on the
-CPU. A step of the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z with z ~ N(0, I). t of them make
-`q_sample`, where alpha_bar_t is the product of 1 - beta up to t; so beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}. A step
-of the model is p(x_{t-1} | x_t) = q(x_{t-1} | x_t, x_0_hat), where x_0_hat is predicted. The last one, p(x_0 | x_1), is
-in `bound`; of it the sampler takes the mean, x_0_hat.
+x_0 is float [B, 1, 28, 28] in [-1, 1]. t is the step, 1 to T; 0 is the image. t (of any dtype) and label (int64), both
+[B], are on the CPU. A step of the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z, z ~ N(0, I).
+`q_sample` takes t of them at once; alpha_bar_t is the product of 1 - beta up to t, so that beta_t is
+1 - alpha_bar_t / alpha_bar_{t-1}. If x_0 is known, so is the step back: q(x_{t-1} | x_t, x_0) is a normal, see
+`kl_step`. The model's step back, p(x_{t-1} | x_t), is the same with the predicted x_0_hat for x_0. In the last one,
+p(x_0 | x_1), this is the point x_0_hat, which the sampler returns and `bound` widens to a distribution.
 
 Departures from DDPM:
 
 1. The network is told the digit, so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
-   2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). In training the label of an
-   image in ten, at random, is common.NOT_TOLD; with `--no-labels` all labels are: `main`, `predict_x_0`, `sample`.
+   2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). For this, one label in ten, at
+   random, is common.NOT_TOLD in training (with `--no-labels` each one is): `main`, `predict_x_0`, `sample`.
 2. The noise schedule is a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17 with s = 0): `alpha_bar`.
 3. The network predicts v, not eps; x_0 follows from v (Salimans & Ho 2022, arXiv 2202.00512): `predict_v`, `loss`.
-4. It also sees Fourier features of x_t / sqrt(alpha_bar_t) (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
+4. Fourier features of x_t / sqrt(alpha_bar_t) show it small differences of grey values (after Kingma et al. 2021, arXiv
+   2107.00630): `predict_v`.
 5. The optimizer common.Muon is Muon (Jordan et al. 2024) for 3x3 convolutions, AdamW for the rest; the learning rate
    rises over 200 updates and falls linearly to 0; the exponential average (EMA) of the weights has decay 0.995: `main`.
 6. x_0_hat is clipped to the range of pixels, and the sampler may take fewer steps: `predict_x_0`, `sample`.
@@ -69,11 +73,11 @@ def q_sample(x_0, t, eps):
 def predict_v(net, x_t, t, label):
     """The network's prediction, [B, 1, 28, 28], of v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
 
-    DDPM's network predicts eps. But at T, x_t = eps, so that x_0 = (x_t - eps) / 0 = 0 / 0; v is -x_0 there. (x_t, v)
-    is (x_0, eps) turned by -pi/2 t / T, so that x_0 follows from x_t and v, see `predict_x_0`.
+    DDPM's network predicts eps. But at T eps is x_t itself and says nothing of x_0. v is -x_0 at T, and eps only at 0:
+    (x_t, v) is (x_0, eps) turned by an angle of -pi/2 t / T. `predict_x_0` turns it back.
     """
     signal, noise = signal_and_noise(t, x_t)
-    signal = signal.clamp(min=1e-3)  # it is 0 at T; there noise / signal = 1000 fades all features to 0
+    signal = signal.clamp(min=1e-3)  # it is 0 at T; features fade to 0 as noise / signal grows
     features = common.fourier_features(x_t / signal, noise / signal)
     return net(torch.cat([x_t, features], dim=1), t / T, label)
 
@@ -95,7 +99,8 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 
 def loss(net, x_0, label):
-    """DDPM's algorithm 1 without the gradient step: the loss, a scalar, is eq. 14 with v for eps, as a mean."""
+    """DDPM's algorithm 1 without the gradient step: a scalar, the mean squared error of v at random t. It is eq. 14
+    with v for eps: the terms of `bound` with other weights."""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = common.randn_like(x_0)  # drawn on the CPU: the same on every device
     x_t = q_sample(x_0, t, eps)
@@ -119,7 +124,8 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
     sigma^2 = eta^2 (1 - alpha_bar_s) (1 - alpha_bar_t / alpha_bar_s) / (1 - alpha_bar_t)               (DDIM eq. 16)
 
     With eta = 1 and s = t - 1 this is DDPM's algorithm 2, with x_0_hat clipped: the mean is mu_tilde and sigma^2 is
-    beta_tilde of its eq. 7. With eta = 0 no noise is added (DDIM). If steps does not divide T, t is fractional.
+    beta_tilde of its eq. 7. For any eta and s, x_s has the noise level of s; with eta = 0 no noise is added (DDIM). If
+    steps does not divide T, t is fractional.
     Guidance acts where the factor on the noise is 0.8 to 2.5 times that on x_0; there digits take shape.
     """
     eta = SAMPLERS[sampler]
@@ -144,7 +150,7 @@ def kl_step(x_0, x_0_hat, t):
 
     mu_tilde_t = (sqrt(alpha_bar_{t-1}) beta_t x_0 + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) x_t) / (1 - alpha_bar_t)
     beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
-    KL = (the difference of the means)^2 / (2 beta_tilde_t), summed over pixels
+    KL = (the difference of the means, in which x_t cancels)^2 / (2 beta_tilde_t), summed over pixels
     """
     a_t, a_s = alpha_bar(t), alpha_bar(t - 1)
     beta = 1 - a_t / a_s
@@ -159,9 +165,10 @@ def bound(net, x_0, label):
 
     L = L_T + sum_{t=2..T} L_{t-1} + L_0
 
-    L_T ("prior") is 0 because alpha_bar_T is. The sum ("diffusion") is estimated from one term for each image, divided
-    by the probability of its t, which is proportional to 1 / t, as the terms roughly are. L_0 ("decoder") is
-    -ln p(x_0 | x_1), where p is N(x_0_hat, beta_1) cut into 256 grey values (DDPM eq. 13). Always T steps, no guidance.
+    L_T ("prior") is KL(q(x_T | x_0) || N(0, I)), 0 because alpha_bar_T is. L_{t-1} is `kl_step`; of the sum
+    ("diffusion") one term is drawn for each image and divided by the probability of its t, which is proportional to
+    1 / t, as the terms roughly are. L_0 ("decoder") is -ln p(x_0 | x_1), where p is N(x_0_hat, beta_1) cut into 256
+    grey values (DDPM eq. 13). Always T steps, no guidance.
     """
     probability = 1 / torch.arange(2, T + 1).double()  # of t = 2..T
     probability = probability / probability.sum()
