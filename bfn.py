@@ -30,8 +30,8 @@ Departures from the paper:
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
 5. The sampler's message is about x_hat, not about a draw from the output distribution (continuous: the same): `sample`.
    `--sampler paper --guidance 1` samples with the paper's messages and times, from T_MIN on.
-6. The optimizer common.Muon is Muon (Jordan et al. 2024) for 3x3 convolutions, AdamW for the rest; the learning rate
-   rises over 200 updates and falls linearly to 0; the exponential average (EMA) of the weights has decay 0.995: `main`.
+6. The learning rate rises over 200 updates and falls linearly to 0; the exponential moving average (EMA) of the weights
+   has decay 0.995, not 0.9999: `main`.
 """
 import functools
 import math
@@ -292,7 +292,7 @@ def main(argv=None):
     net = common.UNet(data.in_channels, data.out_channels).to(args.device)
     # the averaged weights, for sampler and bound; n_averaged counts the updates
     ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
-    optimizer = common.Muon(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "bfn-" + args.data_type, f"BFN ({args.data_type})", data.unit, "belief", net, ema, optimizer,
                      functools.partial(sample, data), functools.partial(bound, data),
                      real=lambda images: data.decode(data.encode(images)))

@@ -28,7 +28,7 @@ from torch import nn
 NOT_TOLD = 10  # the label of an image whose class the network is not told
 NINE = torch.arange(1, 10)  # the digits of all pictures, in reading order
 STEPS, GUIDANCE = 30, 1.17  # defaults of the command line
-FORMAT = 3  # of checkpoints
+FORMAT = 4  # of checkpoints
 if hasattr(torch.backends, "nnpack"):
     torch.backends.nnpack.set_flags(False)  # it slows down convolutions where torch has no oneDNN (Apple silicon)
 
@@ -118,31 +118,6 @@ class UNet(nn.Module):
         x = x + self.grow(h)  # the skip connection
         x = self.conv(F.silu(self.norm(x)))
         return self.head(F.silu(x))
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW, but 3x3 convolutions (all must have one shape) step by their momentum made orthogonal: the singular values
-    of that matrix, [out, 9 in], are brought near 1, so that all directions move equally far (Jordan et al. 2024, Muon,
-    kellerjordan.github.io/posts/muon), without weight decay. A step is about 0.2 lr, as AdamW's (arXiv 2502.16982)."""
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            weights = [w for w in group["params"] if w.shape[2:] == (3, 3) and w.grad is not None]
-            for w in weights:
-                if not self.state[w]:  # AdamW asks for "step" when it is loaded
-                    self.state[w].update(momentum=torch.zeros_like(w), step=torch.zeros(()))
-                w.grad.lerp_(self.state[w]["momentum"].lerp_(w.grad, 0.05), 0.95)  # Nesterov's momentum
-            X = torch.stack([F.normalize(w.grad.flatten(), dim=0).view(len(w), -1) for w in weights])
-            A = X @ X.mT
-            P = I = torch.eye(len(A[0]), device=A.device)
-            for _ in range(5):  # Newton-Schulz: X <- S X, by way of A = X X^T and P, the product of all S; in float32
-                S = 3.4445 * I - 4.7750 * A + 2.0315 * A @ A
-                A, P = S @ A @ S, S @ P
-            for w, update in zip(weights, P @ X):
-                w.sub_(update.view_as(w), alpha=0.2 * group["lr"] * max(update.shape) ** 0.5)
-                w.grad = None  # AdamW leaves it alone then
-        super().step()
 
 
 def column(values, x):
@@ -267,7 +242,7 @@ def parse_args(description, argv, samplers, data_types=()):
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add = parser.add_argument
     add("--epochs", type=within(int, 1), default=20, help="train until this many epochs are done (default %(default)s)")
-    add("--batch-size", type=within(int, 1), default=96, metavar="B", help="images a step (default %(default)s)")
+    add("--batch-size", type=within(int, 1), default=64, metavar="B", help="images a step (default %(default)s)")
     add("--lr", type=within(float, 1e-9, 1e9), default=2e-3, help="highest learning rate (default %(default)s)")
     add("--seed", type=within(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: cuda if usable, else cpu")

@@ -10,8 +10,8 @@ Noise is added to an image x_0 in T steps, x_1, ..., x_T, until nothing of the i
 predict x_0 from x_t. Where there is much noise, it can only predict a mean of many images, a blur; so a step back goes
 only to x_{t-1}, which is drawn from x_t and that prediction. T steps back from pure noise make a new image.
 
-Below are, in this order, noise schedule, loss, sampler, likelihood bound and training loop; common.py has the network,
-its Fourier features and the optimizer. Equation numbers are those of
+Below are, in this order, noise schedule, loss, sampler, likelihood bound and training loop; common.py has the network
+and its Fourier features. Equation numbers are those of
 
     DDPM  Ho et al. 2020, Denoising diffusion probabilistic models, arXiv 2006.11239
     DDIM  Song et al. 2021, Denoising diffusion implicit models, arXiv 2010.02502 (its alpha is alpha_bar)
@@ -32,8 +32,8 @@ Departures from DDPM:
 3. The network predicts v, not eps; x_0 follows from v (Salimans & Ho 2022, arXiv 2202.00512): `predict_v`, `loss`.
 4. Fourier features of x_t / sqrt(alpha_bar_t) show it small differences of grey values (after Kingma et al. 2021, arXiv
    2107.00630): `predict_v`.
-5. The optimizer common.Muon is Muon (Jordan et al. 2024) for 3x3 convolutions, AdamW for the rest; the learning rate
-   rises over 200 updates and falls linearly to 0; the exponential average (EMA) of the weights has decay 0.995: `main`.
+5. The optimizer is AdamW, not Adam; the learning rate rises over 200 updates and falls linearly to 0; the exponential
+   moving average (EMA) of the weights has decay 0.995, not 0.9999: `main`.
 6. x_0_hat is clipped to the range of pixels, and the sampler may take fewer steps: `predict_x_0`, `sample`.
    `--sampler ancestral --steps 1000 --guidance 1` is DDPM's algorithm 2 but for the clipping.
 """
@@ -194,7 +194,7 @@ def main(argv=None):
     net = common.UNet(in_channels=1 + 16, out_channels=1).to(args.device)  # in: x_t and its Fourier features; out: v
     # the averaged weights, for sampler and bound; n_averaged counts the updates
     ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
-    optimizer = common.Muon(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     run = common.Run(args, "diffusion", "DDPM", "bits/dim", "x_t", net, ema, optimizer, sample, bound)
     if args.sample:
         return run.save_samples()
