@@ -592,6 +592,7 @@ def save_steps(path, traces, title):
     rows = torch.cat([trace[key][chosen, 2] for trace in traces for key in ("states", "predictions")])
     names = [name for trace in traces for name in (f"{trace['title']}\n{trace['state_name']}", "prediction")]
     figure, [drawn] = draw_grids({"": rows}, title, columns=len(chosen))
+    figure.set_figwidth(1.25 * figure.get_figwidth())  # for the names
     times = [f"{i / chosen[-1]:.0%}" for i in chosen]  # of all steps
     drawn.axes.set_xticks([29 * i + 14.5 for i in range(len(times))], times)
     drawn.axes.set_yticks([29 * i + 14.5 for i in range(len(names))], names)
