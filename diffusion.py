@@ -125,8 +125,8 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
 
     With eta = 1 and s = t - 1 this is DDPM's algorithm 2, with x_0_hat clipped: the mean is mu_tilde and sigma^2 is
     beta_tilde of its eq. 7. For any eta and s, x_s has the noise level of s; with eta = 0 no noise is added (DDIM). If
-    steps does not divide T, t is fractional.
-    Guidance acts where the factor on the noise is 0.8 to 2.5 times that on x_0; there digits take shape.
+    steps does not divide T, t is fractional. Guidance acts where the factor on the noise is 0.8 to 2.5 times that on
+    x_0; there digits take shape.
     """
     eta = SAMPLERS[sampler]
     x_t = torch.randn(len(label), 1, 28, 28).to(next(net.parameters()).device)  # x_T
