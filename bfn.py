@@ -9,10 +9,10 @@
 
 Alice sends Bob an image in messages, each of them the image plus noise; how much a message tells is its accuracy. Bob
 has a belief about each pixel on its own (the input distribution, set by t and by theta, the sum of the messages) and
-improves it with each message by Bayes' rule. A network looks at all of these beliefs together and predicts the image
-(the output distribution, of mean x_hat). A message costs its KL divergence from what Bob expected (bits-back coding:
-its noise is free); all messages' costs and the bits of the image given Bob's last prediction are the length of a code
-for the image. With no Alice, Bob makes up her messages from his own predictions, and a new image appears.
+improves it with each message by Bayes' rule. A network looks at all beliefs together and predicts the image (the
+output distribution, of mean x_hat). A message costs the KL divergence of its distribution (the sender's) from the one
+that Bob expects (the receiver's). All these costs, and the bits of the image given Bob's last prediction, add up to the
+length of a code for the image. With no Alice, Bob makes up her messages from his predictions: a new image appears.
 
 Below are, in this order, messages, the types of data (grey values, continuous or discretized, and discrete classes),
 loss, sampler, likelihood bound and training loop. Sections and equations are those of Graves et al. 2023, Bayesian flow
@@ -23,15 +23,16 @@ Departures from the paper:
 
 1. The network is told the digit, so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
    2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). For this, one label in ten, at
-   random, is common.NOT_TOLD in training (with `--no-labels` each one is): `main`, `guided_output`.
+   random, becomes common.NOT_TOLD in training (with `--no-labels` all do): `main`, `guided_output`.
 2. For grey values the network sees mu scaled to unit size, not mu, and predicts v (Salimans & Ho 2022, arXiv
-   2202.00512), not eps; training does not clip x_hat. For classes theta is added to what it says: `output`.
-3. Fourier features show it small differences of grey values (after Kingma et al. 2021, arXiv 2107.00630): `output`.
+   2202.00512), not eps; x_hat is not clipped in training. For classes theta is added to what it says: `output`.
+3. Fourier features for small differences of grey values (Kingma et al. 2021, arXiv 2107.00630; the paper's code has
+   them of mu) are of theta / beta, and fade with its noise: `output`.
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
 5. The sampler's message is about x_hat, not about a draw from the output distribution (continuous: the same): `sample`.
    `--sampler paper --guidance 1` samples with the paper's messages and times, from T_MIN on.
-6. The learning rate rises over 200 updates and falls linearly to 0; the exponential moving average (EMA) of the weights
-   has decay 0.995, not 0.9999: `main`.
+6. For a short training: the learning rate rises over 200 updates and falls linearly to 0; the averaged weights
+   (EMA), which sample, have decay 0.995, not 0.9999: `main`.
 """
 import functools
 import math
@@ -50,9 +51,9 @@ T_MIN = 1e-5  # the earliest t: grey values' `output`, `guided_output` and the s
 #     y ~ N(alpha s(x), c alpha)          s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
 # (mean, variance). For classes this is eq. 157; for grey values eq. 86's message (x plus noise of variance 1 / alpha)
-# times alpha. In these units Bayes' rule is an addition: our theta is the sum of all messages so far. Let beta be the
-# sum of their accuracies. Then Bob's belief is: for grey values a normal of mean mu = theta / (1 + beta) and precision
-# 1 + beta (eq. 49, 50, prior N(0, 1)), for classes probabilities softmax(theta) (eq. 171; ln p(y | k) = y_k + const).
+# times alpha. In these units Bayes' rule is an addition: our theta is the sum of all messages so far. With beta the sum
+# of their accuracies, Bob's belief is, for grey values, a normal of mean mu = theta / (1 + beta) and precision 1 + beta
+# (eq. 49, 50, prior N(0, 1)); for classes, softmax(theta) (eq. 171, uniform prior; ln p(y | k) = y_k + const).
 
 def sender(data, x, alpha, eps):
     """Alice's message y about x, of accuracy alpha ([B] or one number), made from noise eps ~ N(0, I) of x's shape."""
@@ -87,7 +88,7 @@ class Continuous:
     encode = decode = s = mean = draw = staticmethod(lambda x: x)  # the output is x_hat itself
 
     def beta(self, t):
-        """beta(t) = sigma_1^(-2t) - 1, so that alpha(t) = d beta / dt = -2 ln(sigma_1) sigma_1^(-2t) (eq. 72, 74)"""
+        """beta = sigma_1^(-2t) - 1: Bob's deviation is sigma_1^t. alpha = -2 ln(sigma_1) sigma_1^(-2t) (eq. 72, 74)"""
         return torch.expm1(-2 * math.log(self.sigma_1) * torch.as_tensor(t).double())
 
     def alpha(self, t):
@@ -98,16 +99,15 @@ class Continuous:
 
     def output(self, net, theta, t, label):
         """x_hat (discretized data: a normal's mean and ln deviation). With gamma = beta / (1 + beta) the network sees
-        mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, which is a diffusion model's x_t with gamma for
-        alpha_bar, and says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So  x = mu - sqrt(1 - gamma) v.
+        z = mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, a diffusion model's x_t with gamma for alpha_bar. It
+        says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So x = sqrt(gamma) z - sqrt(1 - gamma) v = mu - sqrt(1 - gamma) v.
 
-        The paper's network sees mu and says eps (eq. 84). But early, mu is only scaled eps: to say eps is to copy it,
-        and tells nothing of x, while v is -x there.
-        """
+        (The paper predicts eps from mu, eq. 84. But early, mu is only scaled eps: that tells nothing of x; v is -x.)"""
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation, sqrt(1 - gamma), of Bob's belief
         features = common.fourier_features(theta / beta, beta ** -0.5)  # of x + eps / sqrt(beta)
-        said = net(torch.cat([theta / (beta * (1 + beta)).sqrt(), features], dim=1), t, label)  # v [, ln(dev. / sigma)]
+        z = theta / (beta * (1 + beta)).sqrt()
+        said = net(torch.cat([z, features], dim=1), t, label)  # v; only discretized data: ln(deviation / sigma)
         return torch.cat([mu - sigma * said[:, :1], (sigma.log() + said[:, 1:]).clamp(-12, 2)], dim=1)
 
     def nll(self, output, x):
@@ -129,13 +129,13 @@ class Discretized(Continuous):
 
     def mean(self, output):
         """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
-        If X's deviation is < 1 grey value: near, the rounded mean, counts the terms j <= near as 1, all others as 0;
-        the loop corrects ten. If it is larger: the mean of X clipped to 0..255, off by 0.02 grey values at most."""
+        If X's deviation is < 1 grey value, terms up to j = near, the rounded mean, are about 1, the others about 0; the
+        loop corrects ten. If it is larger: the mean of X clipped to 0..255, off by 0.02 grey values at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
         m, sigma = (output[:, :1] + 1) * 127.5, output[:, 1:].exp() * 127.5
         narrow = near = m.detach().round().clamp(0, 255)
         for i in range(-5, 5):
-            edge = near + i + 0.5
+            edge = near + i + 0.5  # j - 1/2
             narrow = narrow + (edge > 0) * (edge < 255) * (Phi((m - edge) / sigma) - int(i < 0))
         a, b = -m / sigma, (255 - m) / sigma
         phi_a, phi_b = [torch.exp(-z ** 2 / 2) / (2 * math.pi) ** 0.5 for z in (a, b)]
@@ -153,7 +153,7 @@ class Discretized(Continuous):
 class Discrete:
     """Pixels as one of K classes (§6): x is one-hot, [B, K, 28, 28]; the output distribution is given by logits."""
 
-    beta_1 = 9.0  # beta(1), as in the paper's released configuration
+    beta_1 = 9.0  # beta(1); the paper's released configuration has its root, 3
     uniform_share = 1.0
     unit = "nats/image"
 
@@ -209,8 +209,8 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 
 def loss_at(data, net, x, t, label, clip=math.inf):
     """L_inf's integrand at t, for a draw of theta, in nats, [B]. L_inf is the cost of infinitely many, infinitely small
-    messages. One of accuracy a costs its KL divergence from what Bob expects (for small a, where noise hides the spread
-    of his prediction, N(a s(x_hat), c a)): a / (2 c) ||s(x) - s(x_hat)||^2. From t to t + dt, a is alpha(t) dt. So
+    messages. If a message's accuracy a is small, its noise hides the spread of Bob's prediction: he expects about
+    N(a s(x_hat), c a), and the KL divergence is a / (2 c) ||s(x) - s(x_hat)||^2. From t to t + dt, a = alpha(t) dt. So
 
     L_inf = E_{t, theta} alpha(t) / (2 c) ||s(x) - s(x_hat)||^2,  t uniform in [0, 1]
 
@@ -222,17 +222,17 @@ def loss_at(data, net, x, t, label, clip=math.inf):
 
 
 def loss(data, net, x, label):
-    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8): L_inf, as in the paper. But for grey
-    values early times count more: times(u) draws them more often, and no importance weight makes up for it."""
+    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8): L_inf alone. For grey values
+    early times count more than in the paper: times(u) draws them more often, with no weight to make up for it."""
     u = torch.rand(len(x))
     t = torch.where(torch.rand(len(x)) < data.uniform_share, u, data.times(u)).clamp(min=T_MIN)
     return loss_at(data, net, x, t, label).mean() / 784
 
 
 def guided_output(data, net, theta, t, label, guidance):
-    """The parameters p of the output distribution at time t, a 0-d tensor. Classifier-free guidance exaggerates what
-    the label does: p_none + guidance (p_label - p_none); guidance is its paper's 1 + w. It acts where noise is 0.8 to
-    2.5 times the signal in theta, t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2; there digits take shape."""
+    """The parameters of the output distribution at t, 0-d. Classifier-free guidance exaggerates what the label does:
+    output_none + guidance (output - output_none). It is 1 + w in its paper; 1 is none. It acts where noise is 0.8 to
+    2.5 times the signal in theta, t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2: there digits take shape."""
     noise = (data.c / data.beta(t)) ** 0.5  # relative to the signal in theta: s(x) is about 1 in size
     t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
@@ -244,13 +244,13 @@ def guided_output(data, net, theta, t, label, guidance):
 
 @torch.no_grad()
 def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
-    """From a belief that is noise to one image for each label [N]: yields t, belief, x_hat (images [N, 1, 28, 28])
-    before each step, and last a draw from the output distribution in place of x_hat.
+    """Turns noise into one image for each label [N]: yields t, belief, x_hat (images [N, 1, 28, 28]) before each step,
+    and last a draw from the output distribution in place of x_hat.
 
     "paper" is algorithms 3, 6 and 9, in even steps: Bob makes up a message about a draw from the output distribution.
-    In "mean" it is about x_hat: a few independent draws of each pixel look grainy, infinitely many average to x_hat.
-    "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps) (Xue
-    et al. 2024, arXiv 2404.15766, §4, §5). All start at T_MIN with theta all noise (the paper: at t = 0, theta = 0)."""
+    In "mean" it is about x_hat: a pixel's draws average to it in many steps, and leave grain in few. "ode" draws no new
+    noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps). (Both are in Xue et al.
+    2024, arXiv 2404.15766, §4, §5.) All start at T_MIN with theta all noise (the paper: at t = 0, theta = 0)."""
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else data.times(u))
@@ -273,8 +273,8 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
 
 @torch.no_grad()
 def bound(data, net, images, label):
-    """-ln p(x | label) <= L_inf + L_r, in nats: unbiased estimates of the two, each [B], from one t and theta per
-    image. L_inf is the messages' cost, L_r the reconstruction's, the mean `nll` at t = 1. No guidance is used."""
+    """-ln p(x | label) <= L_inf + L_r, in nats: unbiased estimates, each [B], from one t and theta for each image, of
+    the messages' cost L_inf and the reconstruction's L_r, the mean over theta of `nll` at t = 1. Without guidance."""
     x = data.encode(images)
     t = (torch.rand(1) + torch.arange(len(x)) / len(x)) % 1  # each t is uniform; all together are evenly spread
     messages = loss_at(data, net, x, t.clamp(min=T_MIN), label, clip=1)
