@@ -19,7 +19,7 @@ loss, sampler, likelihood bound and training loop. Sections and equations are th
 networks, arXiv 2308.07037. Time t, [B] or 0-d, is in [0, 1]: at 0 Bob knows nothing of the image, at 1 nearly all. (In
 diffusion.py the image is at 0.) t and labels are on the CPU.
 
-Departures from the paper:
+Departures from the paper (one more, where grey values lie, is at `Discretized`):
 
 1. The network is told the digit, so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
    2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). For this, one label in ten, at
@@ -27,12 +27,12 @@ Departures from the paper:
 2. For grey values the network sees mu scaled to unit size, not mu, and predicts v (Salimans & Ho 2022, arXiv
    2202.00512), not eps; x_hat is not clipped in training. For classes theta is added to what it says: `output`.
 3. Fourier features for small differences of grey values (Kingma et al. 2021, arXiv 2107.00630; the paper's code has
-   them of mu) are of theta / beta, and fade with its noise: `output`.
+   them of mu) are of theta / beta, which is x plus noise, and fade with that noise: `output`.
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
 5. The sampler's message is about x_hat, not about a draw from the output distribution (continuous: the same): `sample`.
    `--sampler paper --guidance 1` samples with the paper's messages and times, from T_MIN on.
 6. For a short training: the learning rate rises over 200 updates and falls linearly to 0; the averaged weights
-   (EMA), which sample, have decay 0.995, not 0.9999: `main`.
+   (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
 """
 import functools
 import math
@@ -102,7 +102,7 @@ class Continuous:
         z = mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, a diffusion model's x_t with gamma for alpha_bar. It
         says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So x = sqrt(gamma) z - sqrt(1 - gamma) v = mu - sqrt(1 - gamma) v.
 
-        (The paper predicts eps from mu, eq. 84. But early, mu is only scaled eps: that tells nothing of x; v is -x.)"""
+        (The paper predicts eps from mu, eq. 84. Early, mu is tiny, and only scaled eps: eps tells nothing, v is -x.)"""
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation, sqrt(1 - gamma), of Bob's belief
         features = common.fourier_features(theta / beta, beta ** -0.5)  # of x + eps / sqrt(beta)
@@ -130,7 +130,7 @@ class Discretized(Continuous):
     def mean(self, output):
         """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
         If X's deviation is < 1 grey value, terms up to j = near, the rounded mean, are about 1, the others about 0; the
-        loop corrects ten. If it is larger: the mean of X clipped to 0..255, off by 0.02 grey values at most."""
+        loop corrects ten. If it is larger: the mean of clip(X, 0, 255), off by 0.02 grey values at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
         m, sigma = (output[:, :1] + 1) * 127.5, output[:, 1:].exp() * 127.5
         narrow = near = m.detach().round().clamp(0, 255)
@@ -231,7 +231,7 @@ def loss(data, net, x, label):
 
 def guided_output(data, net, theta, t, label, guidance):
     """The parameters of the output distribution at t, 0-d. Classifier-free guidance exaggerates what the label does:
-    output_none + guidance (output - output_none). It is 1 + w in its paper; 1 is none. It acts where noise is 0.8 to
+    output_none + guidance (output - output_none). 1 is none (its paper's 1 + w). It acts where noise is 0.8 to
     2.5 times the signal in theta, t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2: there digits take shape."""
     noise = (data.c / data.beta(t)) ** 0.5  # relative to the signal in theta: s(x) is about 1 in size
     t = t.expand(len(theta))
@@ -248,7 +248,7 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
     and last a draw from the output distribution in place of x_hat.
 
     "paper" is algorithms 3, 6 and 9, in even steps: Bob makes up a message about a draw from the output distribution.
-    In "mean" it is about x_hat: a pixel's draws average to it in many steps, and leave grain in few. "ode" draws no new
+    In "mean" it is about x_hat, the average of the draws, which leave grain if steps are few. "ode" draws no new
     noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps). (Both are in Xue et al.
     2024, arXiv 2404.15766, §4, §5.) All start at T_MIN with theta all noise (the paper: at t = 0, theta = 0)."""
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)

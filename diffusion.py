@@ -36,9 +36,9 @@ Departures from DDPM:
 3. The network predicts v, a mix of eps and x_0 (Salimans & Ho 2022, arXiv 2202.00512). At T, where x_t is eps, to
    predict eps would tell nothing of x_0: `predict_v`, `loss`.
 4. Fourier features of x_t / sqrt(alpha_bar_t) show the network small differences of grey values, which make up most of
-   the code length (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
+   the bound (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
 5. For a short training: the optimizer is AdamW, not Adam; the learning rate rises over 200 updates and falls linearly
-   to 0; the averaged weights (EMA), which sample, have decay 0.995, not 0.9999: `main`.
+   to 0; the averaged weights (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
 6. x_0_hat is clipped to the range of pixels (as in DDPM's code, if not in the paper), and the sampler may take fewer
    steps: `predict_x_0`, `sample`. `--steps 1000 --guidance 1` is DDPM's algorithm 2 but for the clipping.
 """
@@ -54,7 +54,7 @@ T = 1000
 # -------------------------------------------------------------------------------------------------- the schedule
 
 def alpha_bar(t):
-    """alpha_bar_t = cos^2(pi/2 t / T), for t from 0 to T, any shape; float64: 1 - alpha_bar is tiny for small t."""
+    """alpha_bar_t = cos^2(pi/2 t / T), for t from 0 to T, any shape; float64, as 1 - alpha_bar cancels at small t."""
     return torch.cos(math.pi / 2 * torch.as_tensor(t).double() / T) ** 2
 
 
@@ -105,7 +105,7 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 def loss(net, x_0, label):
     """DDPM's algorithm 1 without the gradient step: a scalar, the mean squared error of v at random t. It is eq. 14
-    with v for eps: as v - v_hat = (x_0_hat - x_0) / sqrt(1 - alpha_bar_t), `bound`'s terms with other weights."""
+    with v for eps: `bound`'s terms with other weights, as v - v_hat = (x_0_hat - x_0) / sqrt(1 - alpha_bar_t)."""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = common.randn_like(x_0)  # drawn on the CPU: the same on every device
     x_t = q_sample(x_0, t, eps)
@@ -172,8 +172,8 @@ def bound(net, x_0, label):
 
     L_T ("prior") is KL(q(x_T | x_0) || N(0, I)), 0 because alpha_bar_T is. L_{t-1} is `kl_step`; of the sum
     ("diffusion") one term is drawn for each image and divided by its probability (importance sampling). This is
-    proportional to 1 / t, as the terms roughly are, for a small variance. L_0 ("decoder") is -ln p(x_0 | x_1), where p
-    is N(x_0_hat, beta_1) cut into the 256 grey values (DDPM eq. 13). Always T steps, no guidance.
+    proportional to 1 / t, as the terms roughly are; so the estimate varies little. L_0 ("decoder") is -ln p(x_0 | x_1),
+    where p is N(x_0_hat, beta_1) cut into the 256 grey values (DDPM eq. 13). Always T steps, no guidance.
     """
     probability = 1 / torch.arange(2, T + 1).double()  # of t = 2..T
     probability = probability / probability.sum()
