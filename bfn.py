@@ -102,7 +102,7 @@ class Continuous:
         z = mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, a diffusion model's x_t with gamma for alpha_bar. It
         says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So x = sqrt(gamma) z - sqrt(1 - gamma) v = mu - sqrt(1 - gamma) v.
 
-        (The paper predicts eps from mu, eq. 84. Early, mu is tiny, and only scaled eps: eps tells nothing, v is -x.)"""
+        (The paper predicts eps from mu, eq. 84. Early, mu is only eps, made small. So eps tells nothing; v is -x.)"""
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation, sqrt(1 - gamma), of Bob's belief
         features = common.fourier_features(theta / beta, beta ** -0.5)  # of x + eps / sqrt(beta)
@@ -222,8 +222,8 @@ def loss_at(data, net, x, t, label, clip=math.inf):
 
 
 def loss(data, net, x, label):
-    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8): L_inf alone. For grey values
-    early times count more than in the paper: times(u) draws them more often, with no weight to make up for it."""
+    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8): L_inf alone. For grey values early
+    times count more than in the paper: times(u) draws them more often, with no weight to make up for it."""
     u = torch.rand(len(x))
     t = torch.where(torch.rand(len(x)) < data.uniform_share, u, data.times(u)).clamp(min=T_MIN)
     return loss_at(data, net, x, t, label).mean() / 784
@@ -231,7 +231,7 @@ def loss(data, net, x, label):
 
 def guided_output(data, net, theta, t, label, guidance):
     """The parameters of the output distribution at t, 0-d. Classifier-free guidance exaggerates what the label does:
-    output_none + guidance (output - output_none). 1 is none (its paper's 1 + w). It acts where noise is 0.8 to
+    output_none + guidance (output - output_none). guidance = 1 is none (it is 1 + w in the paper). It acts if noise is 0.8 to
     2.5 times the signal in theta, t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2: there digits take shape."""
     noise = (data.c / data.beta(t)) ** 0.5  # relative to the signal in theta: s(x) is about 1 in size
     t = t.expand(len(theta))

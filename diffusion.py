@@ -31,12 +31,12 @@ Departures from DDPM:
 1. The network is told the digit, so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
    2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). For this, one label in ten, at
    random, becomes common.NOT_TOLD in training (with `--no-labels` all do): `main`, `predict_x_0`, `sample`.
-2. The noise schedule is a cosine, under which more steps have shapes to learn (Nichol & Dhariwal 2021, arXiv
+2. The noise schedule is a cosine, which keeps more of the image at middle steps (Nichol & Dhariwal 2021, arXiv
    2102.09672, eq. 17 with s = 0, and beta up to 1): `alpha_bar`.
 3. The network predicts v, a mix of eps and x_0 (Salimans & Ho 2022, arXiv 2202.00512). At T, where x_t is eps, to
    predict eps would tell nothing of x_0: `predict_v`, `loss`.
-4. Fourier features of x_t / sqrt(alpha_bar_t) show the network small differences of grey values, which make up most of
-   the bound (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
+4. Fourier features of x_t / sqrt(alpha_bar_t) show the network small differences of grey values, on which the bound
+   depends (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
 5. For a short training: the optimizer is AdamW, not Adam; the learning rate rises over 200 updates and falls linearly
    to 0; the averaged weights (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
 6. x_0_hat is clipped to the range of pixels (as in DDPM's code, if not in the paper), and the sampler may take fewer
@@ -124,7 +124,7 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
     """From noise to one image for each label [N]: yields (t / T, x_t, x_0_hat) before each step, the latter two
     [N, 1, 28, 28], and last (0, x_0, x_0). A step from t to s < t is
 
-    eps_hat = (x_t - sqrt(alpha_bar_t) x_0_hat) / sqrt(1 - alpha_bar_t)                          (DDPM eq. 4 solved)
+    eps_hat = (x_t - sqrt(alpha_bar_t) x_0_hat) / sqrt(1 - alpha_bar_t)                             (from DDPM eq. 4)
     x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps_hat + sigma z,  z ~ N(0, I)   (DDIM eq. 12)
     sigma^2 = eta^2 (1 - alpha_bar_s) (1 - alpha_bar_t / alpha_bar_s) / (1 - alpha_bar_t)               (DDIM eq. 16)
 
