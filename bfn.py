@@ -231,7 +231,7 @@ def loss(data, net, x, label):
 
 def guided_output(data, net, theta, t, label, guidance):
     """The parameters of the output distribution at t, 0-d. Classifier-free guidance exaggerates what the label does:
-    output_none + guidance (output - output_none). guidance = 1 is none (it is 1 + w in the paper). It acts if noise is 0.8 to
+    output_none + guidance (output - output_none). guidance = 1 is none (1 + w in the paper). It acts if noise is 0.8 to
     2.5 times the signal in theta, t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2: there digits take shape."""
     noise = (data.c / data.beta(t)) ** 0.5  # relative to the signal in theta: s(x) is about 1 in size
     t = t.expand(len(theta))
