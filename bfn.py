@@ -2,35 +2,36 @@
 # requires-python = ">=3.9"
 # dependencies = ["torch>=2.2", "torchvision>=0.17", "matplotlib"]
 # ///
-"""A Bayesian Flow Network (BFN) of MNIST: trains it, samples from it, measures it, for three types of data.
+"""Trains a Bayesian Flow Network (BFN) on MNIST, samples from it, measures it, for three types of data.
 
     python bfn.py                             (`python bfn.py --help` lists the flags)
     python bfn.py --data-type discrete
 
-Alice sends Bob an image in messages, each of them the image plus noise; how much a message tells is its accuracy. Bob
+Alice sends Bob an image in messages, each of them the image plus noise; a message's accuracy is how much it tells. Bob
 has a belief about each pixel on its own (the input distribution, set by t and by theta, the sum of the messages) and
 improves it with each message by Bayes' rule. A network looks at all beliefs together and predicts the image (the
-output distribution, of mean x_hat). A message costs the KL divergence of its distribution (the sender's) from the one
-that Bob expects (the receiver's). All these costs, and the bits of the image given Bob's last prediction, add up to the
-length of a code for the image. With no Alice, Bob makes up her messages from his predictions: a new image appears.
+output distribution, of mean x_hat). Alice draws a message from the sender's distribution; Bob expects the receiver's,
+the sender's averaged over his output distribution. If the two share random numbers, the message costs the KL divergence
+of the first from the second. All these costs, and the bits of the image given Bob's last prediction, are the length of
+a code, which training makes short. With no Alice, Bob makes up her messages from his predictions: a new image appears.
 
-Below are, in this order, messages, the types of data (grey values, continuous or discretized, and discrete classes),
-loss, sampler, likelihood bound and training loop. Sections and equations are those of Graves et al. 2023, Bayesian flow
-networks, arXiv 2308.07037. Time t, [B] or 0-d, is in [0, 1]: at 0 Bob knows nothing of the image, at 1 nearly all. (In
-diffusion.py the image is at 0.) t and labels are on the CPU.
+This file has, in this order, messages, types of data (grey values, continuous or discretized, and classes), loss,
+sampler, likelihood bound and training loop. Sections and equations are those of Graves et al. 2023, Bayesian flow
+networks, arXiv 2308.07037. Time t, [B] or 0-d, is in [0, 1]: at 0 Bob knows nothing of the image, at 1 nearly all (in
+diffusion.py the image is at 0). t and labels are on the CPU.
 
-Departures from the paper (one more, where grey values lie, is at `Discretized`):
+Departures from the paper (`Discretized` has one more: the places of the grey values):
 
-1. The network is told the digit, so that the sampler may use classifier-free guidance (Ho & Salimans 2022, arXiv
+1. The network is told the digit, so that the sampler can use classifier-free guidance (Ho & Salimans 2022, arXiv
    2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). For this, one label in ten, at
-   random, becomes common.NOT_TOLD in training (with `--no-labels` all do): `main`, `guided_output`.
-2. For grey values the network sees mu scaled to unit size, not mu, and predicts v (Salimans & Ho 2022, arXiv
-   2202.00512), not eps; x_hat is not clipped in training. For classes theta is added to what it says: `output`.
-3. Fourier features for small differences of grey values (Kingma et al. 2021, arXiv 2107.00630; the paper's code has
-   them of mu) are of theta / beta, which is x plus noise, and fade with that noise: `output`.
+   random, becomes common.NOT_TOLD in training (with `--no-labels`, all do): `main`, `guided_output`.
+2. For grey values the network sees mu scaled to unit size and predicts v (Salimans & Ho 2022, arXiv
+   2202.00512), not eps; x_hat is not clipped in training. For classes theta is added to its output: `output`.
+3. Fourier features (Kingma et al. 2021, arXiv 2107.00630) show the network small differences of grey values. They are
+   of theta / beta, which is x plus noise, not of mu as in the paper's code, and fade as that noise grows: `output`.
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
-5. The sampler's message is about x_hat, not about a draw from the output distribution (continuous: the same): `sample`.
-   `--sampler paper --guidance 1` samples with the paper's messages and times, from T_MIN on.
+5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`. `--sampler paper
+   --guidance 1` samples as in the paper, but for a start at T_MIN.
 6. For a short training: the learning rate rises over 200 updates and falls linearly to 0; the averaged weights
    (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
 """
@@ -51,9 +52,9 @@ T_MIN = 1e-5  # the earliest t: grey values' `output`, `guided_output` and the s
 #     y ~ N(alpha s(x), c alpha)          s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
 # (mean, variance). For classes this is eq. 157; for grey values eq. 86's message (x plus noise of variance 1 / alpha)
-# times alpha. In these units Bayes' rule is an addition: our theta is the sum of all messages so far. With beta the sum
-# of their accuracies, Bob's belief is, for grey values, a normal of mean mu = theta / (1 + beta) and precision 1 + beta
-# (eq. 49, 50, prior N(0, 1)); for classes, softmax(theta) (eq. 171, uniform prior; ln p(y | k) = y_k + const).
+# times alpha. So Bayes' rule is an addition: theta here (the paper's is mu) sums up all messages so far, and beta their
+# accuracies. Bob's belief is, for grey values, a normal of mean mu = theta / (1 + beta) and precision
+# 1 + beta (eq. 49, 50, prior N(0, 1)); for classes, softmax(theta) (eq. 171, uniform prior; ln p(y | k) = y_k + const).
 
 def sender(data, x, alpha, eps):
     """Alice's message y about x, of accuracy alpha ([B] or one number), made from noise eps ~ N(0, I) of x's shape."""
@@ -62,14 +63,14 @@ def sender(data, x, alpha, eps):
 
 
 def flow(data, x, t, eps):
-    """A draw of theta at time t, from the Bayesian flow distribution: accuracies add up, so that all messages up to t
-    are one of accuracy beta(t). (For classes eq. 185. For grey values eq. 77: mu ~ N(gamma x, gamma (1 - gamma)), where
-    gamma = beta / (1 + beta).)"""
+    """A draw of theta at time t, from the Bayesian flow distribution: all messages up to t act as one, of accuracy
+    beta(t). (Classes: eq. 185. Grey values: eq. 77, mu ~ N(gamma x, gamma (1 - gamma)) with gamma = beta / (1 + beta).)
+    """
     return sender(data, x, data.beta(t), eps)
 
 
 # --------------------------------------------------------------------------------------------- the types of data
-#   encode(images) -> x, decode(x) -> images      images are in [-1, 1]; messages tell x, by way of s(x) and c above
+#   encode(images) -> x, decode(x) -> images      images are in [-1, 1]; messages tell s(x), see above
 #   beta(t), alpha(t)                             the accuracy of all messages up to t; its slope d beta / dt
 #   belief(theta, t)                              the mean of the input distribution, for pictures
 #   output(net, theta, t, label)                  the output distribution: the tensor of its parameters
@@ -85,7 +86,7 @@ class Continuous:
     unit = "bits/dim"
     channels, in_channels, out_channels = 1, 1 + 16, 1  # of x; into the network (scaled mu, features); out of it (v)
 
-    encode = decode = s = mean = draw = staticmethod(lambda x: x)  # the output is x_hat itself
+    encode = decode = s = mean = draw = staticmethod(lambda x: x)  # x is the image; the output is x_hat itself
 
     def beta(self, t):
         """beta = sigma_1^(-2t) - 1: Bob's deviation is sigma_1^t. alpha = -2 ln(sigma_1) sigma_1^(-2t) (eq. 72, 74)"""
@@ -101,13 +102,12 @@ class Continuous:
         """x_hat (discretized data: a normal's mean and ln deviation). With gamma = beta / (1 + beta) the network sees
         z = mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, a diffusion model's x_t with gamma for alpha_bar. It
         says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So x = sqrt(gamma) z - sqrt(1 - gamma) v = mu - sqrt(1 - gamma) v.
-
-        (The paper predicts eps from mu, eq. 84. Early, mu is only eps, made small. So eps tells nothing; v is -x.)"""
+        (The paper predicts eps from mu, eq. 84. Early, mu is eps made small: to predict it is to copy; v is -x.)"""
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation, sqrt(1 - gamma), of Bob's belief
         features = common.fourier_features(theta / beta, beta ** -0.5)  # of x + eps / sqrt(beta)
         z = theta / (beta * (1 + beta)).sqrt()
-        said = net(torch.cat([z, features], dim=1), t, label)  # v; only discretized data: ln(deviation / sigma)
+        said = net(torch.cat([z, features], dim=1), t, label)  # v and, if discretized, ln(deviation / sigma)
         return torch.cat([mu - sigma * said[:, :1], (sigma.log() + said[:, 1:]).clamp(-12, 2)], dim=1)
 
     def nll(self, output, x):
@@ -115,8 +115,8 @@ class Continuous:
         return common.discretized_normal_nll(x, output.clamp(-1, 1), self.sigma_1)
 
     def times(self, u):
-        """1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t: diffusion.py's noise levels, backwards. (In the
-        paper t = u; but a digit takes shape before t = 0.1.)"""
+        """1 - gamma = sigma_1^(2t) = sin^2(pi/2 (1 - u)), solved for t: diffusion.py's noise levels, backwards.
+        (In the paper, t = u; but a digit takes shape before t = 0.1.)"""
         return (torch.sin(math.pi / 2 * (1 - u)).log() / math.log(self.sigma_1)).clamp(max=1)
 
 
@@ -130,7 +130,7 @@ class Discretized(Continuous):
     def mean(self, output):
         """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
         If X's deviation is < 1 grey value, terms up to j = near, the rounded mean, are about 1, the others about 0; the
-        loop corrects ten. If it is larger: the mean of clip(X, 0, 255), off by 0.02 grey values at most."""
+        loop corrects the ten nearest. If it is larger: the mean of clip(X, 0, 255), off by 0.02 grey values at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
         m, sigma = (output[:, :1] + 1) * 127.5, output[:, 1:].exp() * 127.5
         narrow = near = m.detach().round().clamp(0, 255)
@@ -153,7 +153,7 @@ class Discretized(Continuous):
 class Discrete:
     """Pixels as one of K classes (§6): x is one-hot, [B, K, 28, 28]; the output distribution is given by logits."""
 
-    beta_1 = 9.0  # beta(1); the paper's released configuration has its root, 3
+    beta_1 = 9.0  # beta(1); 3 ** 2 as in the paper's released configuration
     uniform_share = 1.0
     unit = "nats/image"
 
@@ -161,7 +161,7 @@ class Discrete:
         self.K = self.c = self.channels = self.in_channels = self.out_channels = K
 
     def encode(self, images):
-        """A grey value between two classes becomes one of them at random, the nearer the likelier: for K = 2, white
+        """A grey value between two classes becomes one of them at random, mostly the nearer: for K = 2, white
         with probability (grey value + 1) / 2 (dynamic binarisation)."""
         value = (images + 1) / 2 * (self.K - 1) + torch.rand(images.shape).to(images.device)
         classes = value.floor().clamp(0, self.K - 1).long()
@@ -222,8 +222,8 @@ def loss_at(data, net, x, t, label, clip=math.inf):
 
 
 def loss(data, net, x, label):
-    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8): L_inf alone. For grey values early
-    times count more than in the paper: times(u) draws them more often, with no weight to make up for it."""
+    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8): L_inf, as L_r (see `bound`) is small. For
+    grey values early times count more than in the paper: they are drawn more often, and no weight makes up for it."""
     u = torch.rand(len(x))
     t = torch.where(torch.rand(len(x)) < data.uniform_share, u, data.times(u)).clamp(min=T_MIN)
     return loss_at(data, net, x, t, label).mean() / 784
@@ -231,8 +231,8 @@ def loss(data, net, x, label):
 
 def guided_output(data, net, theta, t, label, guidance):
     """The parameters of the output distribution at t, 0-d. Classifier-free guidance exaggerates what the label does:
-    output_none + guidance (output - output_none). guidance = 1 is none (1 + w in the paper). It acts if noise is 0.8 to
-    2.5 times the signal in theta, t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2: there digits take shape."""
+    output_none + guidance (output - output_none), where guidance is 1 + w in its source; 1 turns it off. It acts if
+    noise is 0.8 to 2.5 times the signal in theta: t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2."""
     noise = (data.c / data.beta(t)) ** 0.5  # relative to the signal in theta: s(x) is about 1 in size
     t = t.expand(len(theta))
     output = data.output(net, theta, t, label)
@@ -248,9 +248,9 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
     and last a draw from the output distribution in place of x_hat.
 
     "paper" is algorithms 3, 6 and 9, in even steps: Bob makes up a message about a draw from the output distribution.
-    In "mean" it is about x_hat, the average of the draws, which leave grain if steps are few. "ode" draws no new
-    noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps). (Both are in Xue et al.
-    2024, arXiv 2404.15766, §4, §5.) All start at T_MIN with theta all noise (the paper: at t = 0, theta = 0)."""
+    In "mean" it is about x_hat, the mean of such draws: the same for small messages, but with few steps, draws leave
+    grain. "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps).
+    (Both: Xue et al. 2024, arXiv 2404.15766, §4, §5.) All start at T_MIN with theta all noise (paper: theta = 0)."""
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else data.times(u))
@@ -273,8 +273,8 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
 
 @torch.no_grad()
 def bound(data, net, images, label):
-    """-ln p(x | label) <= L_inf + L_r, in nats: unbiased estimates, each [B], from one t and theta for each image, of
-    the messages' cost L_inf and the reconstruction's L_r, the mean over theta of `nll` at t = 1. Without guidance."""
+    """-ln p(x | label) <= L_inf + L_r, in nats. Both are estimated, [B], without bias and without guidance: L_inf, the
+    messages' cost, at one t for each image; L_r, the reconstruction's, the mean over theta of `nll`, at t = 1."""
     x = data.encode(images)
     t = (torch.rand(1) + torch.arange(len(x)) / len(x)) % 1  # each t is uniform; all together are evenly spread
     messages = loss_at(data, net, x, t.clamp(min=T_MIN), label, clip=1)
@@ -301,7 +301,7 @@ def main(argv=None):
 
     while len(run.history) < args.epochs:  # an interrupted run goes on from its last finished epoch
         losses = []
-        for images, label in run.batches():
+        for images, label in run.batches():  # with --no-labels, all labels are NOT_TOLD
             update = int(ema.n_averaged) + 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(update / 200, 1 - (update - 1) / run.updates)
