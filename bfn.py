@@ -7,13 +7,13 @@
     python bfn.py                             (`python bfn.py --help` lists the flags)
     python bfn.py --data-type discrete
 
-Alice sends Bob an image in messages, each of them the image plus noise; a message's accuracy is how much it tells. Bob
+Alice sends Bob an image in messages, each a multiple of it plus noise; a message's accuracy is how much it tells. Bob
 has a belief about each pixel on its own (the input distribution, set by t and by theta, the sum of the messages) and
 improves it with each message by Bayes' rule. A network looks at all beliefs together and predicts the image (the
 output distribution, of mean x_hat). Alice draws a message from the sender's distribution; Bob expects the receiver's,
-the sender's averaged over his output distribution. If the two share random numbers, the message costs the KL divergence
-of the first from the second. All these costs, and the bits of the image given Bob's last prediction, are the length of
-a code, which training makes short. With no Alice, Bob makes up her messages from his predictions: a new image appears.
+the sender's averaged over his output distribution. If the two share random numbers, the message costs KL(sender's ||
+receiver's). All these costs, and the bits of the image given Bob's last prediction, are the length of a code, which
+training makes short. With no Alice, Bob makes up her messages from his predictions: a new image appears.
 
 This file has, in this order, messages, types of data (grey values, continuous or discretized, and classes), loss,
 sampler, likelihood bound and training loop. Sections and equations are those of Graves et al. 2023, Bayesian flow
@@ -25,15 +25,15 @@ Departures from the paper (`Discretized` has one more: the places of the grey va
 1. The network is told the digit, so that the sampler can use classifier-free guidance (Ho & Salimans 2022, arXiv
    2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). For this, one label in ten, at
    random, becomes common.NOT_TOLD in training (with `--no-labels`, all do): `main`, `guided_output`.
-2. For grey values the network sees mu scaled to unit size and predicts v (Salimans & Ho 2022, arXiv
-   2202.00512), not eps; x_hat is not clipped in training. For classes theta is added to its output: `output`.
+2. For grey values the network sees mu scaled to unit size and predicts v (Salimans & Ho 2022, arXiv 2202.00512),
+   not eps; x_hat is not clipped in training. For classes theta is added to the network's output: `output`.
 3. Fourier features (Kingma et al. 2021, arXiv 2107.00630) show the network small differences of grey values. They are
    of theta / beta, which is x plus noise, not of mu as in the paper's code, and fade as that noise grows: `output`.
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
 5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`. `--sampler paper
    --guidance 1` samples as in the paper, but for a start at T_MIN.
-6. For a short training: the learning rate rises over 200 updates and falls linearly to 0; the averaged weights
-   (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
+6. For a short training: the learning rate rises over 200 updates and falls linearly to 0; AdamW's second beta is 0.99,
+   not 0.98; the averaged weights (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
 """
 import functools
 import math
@@ -52,9 +52,9 @@ T_MIN = 1e-5  # the earliest t: grey values' `output`, `guided_output` and the s
 #     y ~ N(alpha s(x), c alpha)          s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
 # (mean, variance). For classes this is eq. 157; for grey values eq. 86's message (x plus noise of variance 1 / alpha)
-# times alpha. So Bayes' rule is an addition: theta here (the paper's is mu) sums up all messages so far, and beta their
-# accuracies. Bob's belief is, for grey values, a normal of mean mu = theta / (1 + beta) and precision
-# 1 + beta (eq. 49, 50, prior N(0, 1)); for classes, softmax(theta) (eq. 171, uniform prior; ln p(y | k) = y_k + const).
+# times alpha. So Bayes' rule is an addition: theta here (the paper's: the belief) sums up all messages so far, beta their
+# accuracies. Bob's belief is, for grey values, a normal of mean mu = theta / (1 + beta) and precision 1 + beta (eq. 49,
+# 50, prior N(0, 1)); for classes, softmax(theta) (eq. 171, uniform prior; ln p(y | k) = y_k + const).
 
 def sender(data, x, alpha, eps):
     """Alice's message y about x, of accuracy alpha ([B] or one number), made from noise eps ~ N(0, I) of x's shape."""
@@ -102,7 +102,7 @@ class Continuous:
         """x_hat (discretized data: a normal's mean and ln deviation). With gamma = beta / (1 + beta) the network sees
         z = mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, a diffusion model's x_t with gamma for alpha_bar. It
         says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So x = sqrt(gamma) z - sqrt(1 - gamma) v = mu - sqrt(1 - gamma) v.
-        (The paper predicts eps from mu, eq. 84. Early, mu is eps made small: to predict it is to copy; v is -x.)"""
+        (The paper predicts eps from mu, eq. 84. Early, mu is just eps scaled: to predict it is to copy; v is -x.)"""
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation, sqrt(1 - gamma), of Bob's belief
         features = common.fourier_features(theta / beta, beta ** -0.5)  # of x + eps / sqrt(beta)
@@ -129,8 +129,8 @@ class Discretized(Continuous):
 
     def mean(self, output):
         """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
-        If X's deviation is < 1 grey value, terms up to j = near, the rounded mean, are about 1, the others about 0; the
-        loop corrects the ten nearest. If it is larger: the mean of clip(X, 0, 255), off by 0.02 grey values at most."""
+        If X's deviation is < 1 grey value, terms j <= near (the rounded mean) count as 1, the others as 0; the loop
+        corrects the ten nearest. If it is larger: the mean of clip(X, 0, 255), off by 0.02 grey values at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
         m, sigma = (output[:, :1] + 1) * 127.5, output[:, 1:].exp() * 127.5
         narrow = near = m.detach().round().clamp(0, 255)
@@ -222,8 +222,8 @@ def loss_at(data, net, x, t, label, clip=math.inf):
 
 
 def loss(data, net, x, label):
-    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8): L_inf, as L_r (see `bound`) is small. For
-    grey values early times count more than in the paper: they are drawn more often, and no weight makes up for it."""
+    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8): L_inf, as L_r (see `bound`) is small. But
+    for grey values early times are drawn more often, with no weight to undo this, and so count more."""
     u = torch.rand(len(x))
     t = torch.where(torch.rand(len(x)) < data.uniform_share, u, data.times(u)).clamp(min=T_MIN)
     return loss_at(data, net, x, t, label).mean() / 784

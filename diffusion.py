@@ -34,8 +34,8 @@ Departures from DDPM:
    random, becomes common.NOT_TOLD in training (with `--no-labels`, all do): `main`, `predict_x_0`, `sample`.
 2. The noise schedule is a cosine, which keeps more of the image at middle steps (Nichol & Dhariwal 2021, arXiv
    2102.09672, eq. 17 with s = 0 and beta not clipped): `alpha_bar`.
-3. The network predicts v, a mix of eps and x_0 (Salimans & Ho 2022, arXiv 2202.00512). At T, x_t is eps: to predict
-   eps would say nothing of x_0. Near 0, x_0_hat is x_t less a little v, whose errors hardly count: `predict_v`, `loss`.
+3. The network predicts v, a mix of eps and x_0 (Salimans & Ho 2022, arXiv 2202.00512), not eps: at T, eps is x_t
+   itself, which says nothing of x_0. Near 0, x_0_hat is x_t less a little v, so hardly off: `predict_v`, `loss`.
 4. Fourier features of x_t / sqrt(alpha_bar_t) show the network small differences of grey values, on which the bound
    depends (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
 5. For a short training: the optimizer is AdamW with betas 0.9 and 0.99, not Adam; the learning rate rises over 200
@@ -82,7 +82,7 @@ def predict_v(net, x_t, t, label):
     v is -x_0 at T, and eps at t = 0: (x_t, v) is (x_0, eps) rotated by -pi/2 t / T. `predict_x_0` rotates it back.
     """
     signal, noise = signal_and_noise(t, x_t)
-    signal = signal.clamp(min=1e-3)  # it is 0 at T. The features hide the clamp: they fade as noise / signal grows
+    signal = signal.clamp(min=1e-3)  # it is 0 at T. There the features are 0: they fade as noise / signal grows
     features = common.fourier_features(x_t / signal, noise / signal)
     return net(torch.cat([x_t, features], dim=1), t / T, label)
 
@@ -105,8 +105,8 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 def loss(net, x_0, label):
     """DDPM's algorithm 1 without the gradient step: a scalar, the mean squared error of v at random t. It is eq. 14
-    with v for eps. As (v - v_hat)^2 = (x_0 - x_0_hat)^2 / (1 - alpha_bar_t), these are the terms of `bound` with less
-    weight at small t: there the bound counts differences of grey values that the eye hardly sees."""
+    with v for eps. As (v - v_hat)^2 = (x_0 - x_0_hat)^2 / (1 - alpha_bar_t), unclipped, these are the terms of `bound`
+    with less weight at small t: there the bound counts differences of grey values that the eye hardly sees."""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = common.randn_like(x_0)
     x_t = q_sample(x_0, t, eps)
