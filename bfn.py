@@ -52,7 +52,7 @@ T_MIN = 1e-5  # the earliest t: grey values' `output`, `guided_output` and the s
 #     y ~ N(alpha s(x), c alpha)          s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
 # (mean, variance). For classes this is eq. 157; for grey values eq. 86's message (x plus noise of variance 1 / alpha)
-# times alpha. So Bayes' rule is an addition: theta here (the paper's: the belief) sums up all messages so far, beta their
+# times alpha. So Bayes' rule is an addition: theta (in the paper, the belief) sums up all messages so far, beta their
 # accuracies. Bob's belief is, for grey values, a normal of mean mu = theta / (1 + beta) and precision 1 + beta (eq. 49,
 # 50, prior N(0, 1)); for classes, softmax(theta) (eq. 171, uniform prior; ln p(y | k) = y_k + const).
 
