@@ -33,7 +33,7 @@ Departures from the paper (`Discretized` has one more: the places of the grey va
 5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`. `--sampler paper
    --guidance 1` samples as in the paper, but for a start at T_MIN.
 6. For a short training: the learning rate rises over 200 updates and falls linearly to 0; AdamW's second beta is 0.99,
-   not 0.98; the averaged weights (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
+   not 0.98 (its code); the averaged weights (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
 """
 import functools
 import math
