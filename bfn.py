@@ -11,16 +11,16 @@ Alice sends Bob an image in messages, each a multiple of it plus noise; a messag
 has a belief about each pixel on its own (the input distribution, set by t and by theta, the sum of the messages) and
 improves it with each message by Bayes' rule. A network looks at all beliefs together and predicts the image (the
 output distribution, of mean x_hat). Alice draws a message from the sender's distribution; Bob expects the receiver's,
-the sender's averaged over his output distribution. If the two share random numbers, the message costs KL(sender's ||
-receiver's). All these costs, and the bits of the image given Bob's last prediction, are the length of a code, which
-training makes short. With no Alice, Bob makes up her messages from his predictions: a new image appears.
+the sender's averaged over his output distribution. If the two share random numbers, it can be sent at a cost of about
+KL(sender's || receiver's). These costs, plus the bits of the image given Bob's last prediction, are the length of a
+code; training makes it short. With no Alice, Bob makes up her messages from his predictions: a new image appears.
 
 This file has, in this order, messages, types of data (grey values, continuous or discretized, and classes), loss,
 sampler, likelihood bound and training loop. Sections and equations are those of Graves et al. 2023, Bayesian flow
 networks, arXiv 2308.07037. Time t, [B] or 0-d, is in [0, 1]: at 0 Bob knows nothing of the image, at 1 nearly all (in
 diffusion.py the image is at 0). t and labels are on the CPU.
 
-Departures from the paper (`Discretized` has one more: the places of the grey values):
+Departures from the paper, best read last (`Discretized` has one more: the places of the grey values):
 
 1. The network is told the digit, so that the sampler can use classifier-free guidance (Ho & Salimans 2022, arXiv
    2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). For this, one label in ten, at
@@ -33,7 +33,7 @@ Departures from the paper (`Discretized` has one more: the places of the grey va
 5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`. `--sampler paper
    --guidance 1` samples as in the paper, but for a start at T_MIN.
 6. For a short training: the learning rate rises over 200 updates and falls linearly to 0; AdamW's second beta is 0.99,
-   not 0.98 (its code); the averaged weights (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
+   not 0.98 (the paper's code); the averaged weights (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
 """
 import functools
 import math
@@ -71,7 +71,7 @@ def flow(data, x, t, eps):
 
 # --------------------------------------------------------------------------------------------- the types of data
 #   encode(images) -> x, decode(x) -> images      images are in [-1, 1]; messages tell s(x), see above
-#   beta(t), alpha(t)                             the accuracy of all messages up to t; its slope d beta / dt
+#   beta(t), alpha(t)                             the accuracy of all messages up to t; accuracy per time, d beta / dt
 #   belief(theta, t)                              the mean of the input distribution, for pictures
 #   output(net, theta, t, label)                  the output distribution: the tensor of its parameters
 #   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) at t = 1, in nats, of each pixel
@@ -102,7 +102,7 @@ class Continuous:
         """x_hat (discretized data: a normal's mean and ln deviation). With gamma = beta / (1 + beta) the network sees
         z = mu / sqrt(gamma) = sqrt(gamma) x + sqrt(1 - gamma) eps, a diffusion model's x_t with gamma for alpha_bar. It
         says v = sqrt(gamma) eps - sqrt(1 - gamma) x. So x = sqrt(gamma) z - sqrt(1 - gamma) v = mu - sqrt(1 - gamma) v.
-        (The paper predicts eps from mu, eq. 84. Early, mu is just eps scaled: to predict it is to copy; v is -x.)"""
+        (The paper predicts eps from mu, eq. 84. Early, mu is just eps scaled: predicting eps is copying; v is -x.)"""
         beta = common.column(self.beta(t), theta)
         mu, sigma = theta / (1 + beta), (1 + beta) ** -0.5  # mean and deviation, sqrt(1 - gamma), of Bob's belief
         features = common.fourier_features(theta / beta, beta ** -0.5)  # of x + eps / sqrt(beta)
@@ -111,7 +111,7 @@ class Continuous:
         return torch.cat([mu - sigma * said[:, :1], (sigma.log() + said[:, 1:]).clamp(-12, 2)], dim=1)
 
     def nll(self, output, x):
-        """For the reconstruction: a normal of deviation sigma_1 around x_hat, cut into 256 grey values (§7.2)."""
+        """For L_r, see `bound`: a normal of deviation sigma_1 around x_hat, cut into 256 grey values (§7.2)."""
         return common.discretized_normal_nll(x, output.clamp(-1, 1), self.sigma_1)
 
     def times(self, u):
@@ -128,7 +128,7 @@ class Discretized(Continuous):
     out_channels = 2
 
     def mean(self, output):
-        """sum_k k P(k) over the grey values k = 0..255, which is sum_{j=1..255} P(X > j - 1/2) for the normal X (§5.5).
+        """sum_k k P(k), k = 0..255, of X, the normal in grey values, rounded: sum_{j=1..255} P(X > j - 1/2) (§5.5).
         If X's deviation is < 1 grey value, terms j <= near (the rounded mean) count as 1, the others as 0; the loop
         corrects the ten nearest. If it is larger: the mean of clip(X, 0, 255), off by 0.02 grey values at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
@@ -222,7 +222,7 @@ def loss_at(data, net, x, t, label, clip=math.inf):
 
 
 def loss(data, net, x, label):
-    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8): L_inf, as L_r (see `bound`) is small. But
+    """The training loss of a batch, a scalar, per pixel (algorithms 2, 5, 8): L_inf; L_r (see `bound`) is small. But
     for grey values early times are drawn more often, with no weight to undo this, and so count more."""
     u = torch.rand(len(x))
     t = torch.where(torch.rand(len(x)) < data.uniform_share, u, data.times(u)).clamp(min=T_MIN)
@@ -247,10 +247,10 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
     """Turns noise into one image for each label [N]: yields t, belief, x_hat (images [N, 1, 28, 28]) before each step,
     and last a draw from the output distribution in place of x_hat.
 
-    "paper" is algorithms 3, 6 and 9, in even steps: Bob makes up a message about a draw from the output distribution.
-    In "mean" it is about x_hat, the mean of such draws: the same for small messages, but with few steps, draws leave
-    grain. "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat, t_next, eps).
-    (Both: Xue et al. 2024, arXiv 2404.15766, §4, §5.) All start at T_MIN with theta all noise (paper: theta = 0)."""
+    "paper" is algorithms 3, 6 and 9, in even steps: Bob's message is about a draw from the output distribution (for
+    continuous data, x_hat). In "mean" it is about x_hat, the mean of draws: the same for small messages; with few steps
+    draws leave grain. "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat,
+    t_next, eps). ("mean", "ode": Xue et al. 2024, arXiv 2404.15766, §4, §5.) All start with pure noise, at T_MIN."""
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else data.times(u))
@@ -273,8 +273,8 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
 
 @torch.no_grad()
 def bound(data, net, images, label):
-    """-ln p(x | label) <= L_inf + L_r, in nats. Both are estimated, [B], without bias and without guidance: L_inf, the
-    messages' cost, at one t for each image; L_r, the reconstruction's, the mean over theta of `nll`, at t = 1."""
+    """-ln p(x | label) <= L_inf + L_r, in nats. Both are estimated, [B], without bias and without guidance, with one
+    draw of theta: L_inf, the messages' cost, at one t for each image; L_r, the reconstruction's, is `nll` at t = 1."""
     x = data.encode(images)
     t = (torch.rand(1) + torch.arange(len(x)) / len(x)) % 1  # each t is uniform; all together are evenly spread
     messages = loss_at(data, net, x, t.clamp(min=T_MIN), label, clip=1)

@@ -315,7 +315,7 @@ class Run:
         self.net, self.ema, self.optimizer = net, ema, optimizer
         self.sample, self.bound, self.real = sample, bound, real
         self.folder = args.out_dir / name
-        self.history, self.previews, self.final = [], {}, {}
+        self.history, self.previews, self.final, self.few_steps = [], {}, {}, {}
         self.settings = {"model": name, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
                          "limit": args.limit, "no_labels": args.no_labels}  # what makes a run this run and no other
         checkpoint = self.folder / "checkpoint.pt"
@@ -360,7 +360,8 @@ class Run:
         torch.set_rng_state(state["random_state"])
         with contextlib.suppress(OSError, ValueError, KeyError):  # without it, all is measured again
             metrics = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
-            self.final = metrics["final"] if len(metrics["history"]) == len(self.history) else {}
+            if len(metrics["history"]) == len(self.history):
+                self.final, self.few_steps = metrics["final"], metrics.get("few_steps", {})
         return state["settings"]
 
     def told(self, labels):
@@ -392,7 +393,7 @@ class Run:
               f"loss {row['train_loss']:.4f}, test {row['test']:.3f} +- {row['test_se']:.3f} {self.unit}", flush=True)
         self.history.append(row)
         self.previews[epoch] = self.draw(NINE)
-        self.final = {}  # it was that of fewer epochs
+        self.final, self.few_steps = {}, {}  # they were those of fewer epochs
         state = {"format": FORMAT, "settings": self.settings, "net": self.net.state_dict(),
                  "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(), "history": self.history,
                  "previews": self.previews, "random_state": torch.get_rng_state()}
@@ -404,7 +405,7 @@ class Run:
     def write_metrics(self):
         metrics = {"settings": self.settings, "title": self.title, "unit": self.unit, "parameters": self.parameters,
                    "device": self.args.device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-                   "history": self.history, "final": self.final}
+                   "history": self.history, "final": self.final, "few_steps": self.few_steps}
         write(self.folder / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1), "utf-8"))
         return metrics
 
@@ -454,24 +455,30 @@ class Run:
         if self.final.get("sampling") != sampling:
             (self.folder / "trace.pt").unlink(missing_ok=True)  # until it is drawn anew, nothing is compared with it
             print("measuring", flush=True)
-            self.final = {"sampling": sampling, **self.measure_final()}
+            self.final = {**(self.final or self.measure_bound()), "sampling": sampling, **self.measure_digits()}
+            if self.args.steps and "frechet" in self.final:
+                how = f"{self.args.sampler}, guidance {self.args.guidance:g}"
+                self.few_steps.setdefault(how, {})[str(self.args.steps)] = self.final
         self.save_figures(self.write_metrics())
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.final.items() if isinstance(value, float))
         print(f"{self.name}, {len(self.history)} epochs (bound in {self.unit}): {numbers}")
         compare(self.args.out_dir, self.settings["model"])
 
-    def measure_final(self):
-        """The bound on the whole test set; Frechet distance and shares of right and of clear digits, of 10,000 drawn
-        ones (of fewer after less than 20 epochs, of 2,000 with --steps: measuring should not outlast training)."""
-        images, labels = self.test
-        terms = self.measure(len(images), repeats=min(2, len(self.history)))
+    def measure_bound(self):
+        """The bound on the whole test set, and the training's speed."""
+        terms = self.measure(len(self.test[0]), repeats=min(2, len(self.history)))
         total = sum(terms.values())
-        final = {"bound": total.mean().item(), "bound_se": (total.std() / len(total) ** 0.5).item(),
-                 "parts": {name: term.mean().item() for name, term in terms.items()},
-                 "images_per_second": torch.tensor([row["images_per_second"] for row in self.history]).median().item()}
+        return {"bound": total.mean().item(), "bound_se": (total.std() / len(total) ** 0.5).item(),
+                "parts": {name: term.mean().item() for name, term in terms.items()},
+                "images_per_second": torch.tensor([row["images_per_second"] for row in self.history]).median().item()}
+
+    def measure_digits(self):
+        """Frechet distance and shares of right and of clear digits, of 10,000 drawn ones (of fewer after less than 20
+        epochs, of 2,000 with --steps: measuring should not outlast training)."""
+        images, labels = self.test
         count = min(len(images), 2000 if self.args.steps else max(2000, 500 * len(self.history)))
         if count < 2000:
-            return final
+            return {}
         classifier = trained_classifier(self.settings["dataset"], *self.train, self.args)
         asked = torch.arange(count) % 10
         with torch.random.fork_rng(devices=[]):
@@ -481,9 +488,9 @@ class Run:
         train, _, _ = judge(classifier, train, self.train[1][chosen])
         test, right_real, clear_real = judge(classifier, test, labels)
         drawn, right, clear = judge(classifier, self.draw(asked), asked)
-        final.update({} if self.args.no_labels else {"right": right, "right_real": right_real})
-        return {**final, "clear": clear, "clear_real": clear_real, "count": count,
-                "frechet": frechet_distance(drawn, test), "frechet_real": frechet_distance(train, test)}
+        figures = {"clear": clear, "clear_real": clear_real, "count": count,
+                   "frechet": frechet_distance(drawn, test), "frechet_real": frechet_distance(train, test)}
+        return figures if self.args.no_labels else {"right": right, "right_real": right_real, **figures}
 
     def save_figures(self, metrics):
         """Figures 1 to 4 of the README, the curves, the film, and trace.pt, of which the comparison is made."""
@@ -629,6 +636,20 @@ def save_curves(path, runs, title, columns):
     write(path, figure.savefig)
 
 
+def save_few_steps(path, runs, title):
+    """Frechet distance over sampling steps, a line for each sampler: all that was measured with --steps."""
+    axis = Figure((6, 4), dpi=DPI, layout="constrained").subplots()
+    for run in runs:
+        for how, finals in run["few_steps"].items():
+            steps, distances = zip(*sorted((int(steps), final["frechet"]) for steps, final in finals.items()))
+            axis.loglog(steps, distances, ".-", label=f"{run['title']}, {how}")
+    axis.axhline(next(iter(finals.values()))["frechet_real"], color="gray", linestyle=":", label="real digits")
+    axis.set(title=title, xlabel="sampling steps", ylabel="Fréchet distance", xticks=steps, xticklabels=steps)
+    axis.set_yticks([5, 10, 20, 50, 100], [5, 10, 20, 50, 100])
+    axis.legend()
+    write(path, axis.figure.savefig)
+
+
 # ------------------------------------------------------------------------------------------------- the comparison
 
 def compare(out_dir, name):
@@ -654,7 +675,10 @@ def compare(out_dir, name):
     save_grids(folder / "samples.png", {trace["title"]: trace["predictions"][-1] for trace in traces}, subject)
     save_steps(folder / "steps.png", traces, f"{subject}: one digit")
     save_gif(folder / "process.gif", traces, subject)
-    save_curves(folder / "curves.png", [run for run in runs if run["unit"] == "bits/dim"], subject, ["test"])
+    grey = [run for run in runs if run["unit"] == "bits/dim"]
+    save_curves(folder / "curves.png", grey, subject, ["test"])
+    if all(run.get("few_steps") for run in grey):
+        save_few_steps(folder / "few_steps.png", grey, subject)
     write(folder / "table.md", lambda path: path.write_text(table(runs, ours), "utf-8"))
     print(f"comparison of {', '.join(run['title'] for run in runs)} -> {folder}")
 

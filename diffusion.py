@@ -31,11 +31,11 @@ Departures from DDPM:
 
 1. The network is told the digit, so that the sampler can use classifier-free guidance (Ho & Salimans 2022, arXiv
    2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). For this, one label in ten, at
-   random, becomes common.NOT_TOLD in training (with `--no-labels`, all do): `main`, `predict_x_0`, `sample`.
+   random, becomes common.NOT_TOLD in training (with `--no-labels`, every one): `main`, `predict_x_0`, `sample`.
 2. The noise schedule is a cosine, which keeps more of the image at middle steps (Nichol & Dhariwal 2021, arXiv
    2102.09672, eq. 17 with s = 0 and beta not clipped): `alpha_bar`.
-3. The network predicts v, a mix of eps and x_0 (Salimans & Ho 2022, arXiv 2202.00512), not eps: at T, eps is x_t
-   itself, which says nothing of x_0. Near 0, x_0_hat is x_t less a little v, so hardly off: `predict_v`, `loss`.
+3. The network predicts v, a mix of eps and x_0 (Salimans & Ho 2022, arXiv 2202.00512), not eps. At T, eps is x_t
+   itself, and predicting it tells nothing of x_0; v is -x_0 there. At small t, v is nearly eps: `predict_v`, `loss`.
 4. Fourier features of x_t / sqrt(alpha_bar_t) show the network small differences of grey values, on which the bound
    depends (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
 5. For a short training: the optimizer is AdamW with betas 0.9 and 0.99, not Adam; the learning rate rises over 200
@@ -82,7 +82,7 @@ def predict_v(net, x_t, t, label):
     v is -x_0 at T, and eps at t = 0: (x_t, v) is (x_0, eps) rotated by -pi/2 t / T. `predict_x_0` rotates it back.
     """
     signal, noise = signal_and_noise(t, x_t)
-    signal = signal.clamp(min=1e-3)  # it is 0 at T. There the features are 0: they fade as noise / signal grows
+    signal = signal.clamp(min=1e-3)  # it is 0 at T, and so are the features: they fade as noise / signal grows
     features = common.fourier_features(x_t / signal, noise / signal)
     return net(torch.cat([x_t, features], dim=1), t / T, label)
 
@@ -117,7 +117,7 @@ def loss(net, x_0, label):
 
 # --------------------------------------------------------------------------------------------------- the sampler
 
-SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # the eta of DDIM eq. 16, the factor on the fresh noise; 1 is DDPM's
+SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # the eta of DDIM eq. 16, which scales the fresh noise; 1 is DDPM's
 
 
 @torch.no_grad()
@@ -130,9 +130,9 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
     sigma^2 = eta^2 (1 - alpha_bar_s) (1 - alpha_bar_t / alpha_bar_s) / (1 - alpha_bar_t)               (DDIM eq. 16)
 
     With eta = 1 and s = t - 1, x_s has the mean mu_tilde and the variance beta_tilde of `kl_step`, with x_0_hat for
-    x_0: DDPM's algorithm 2. For any eta and s, x_s has the noise level of s. If steps does not divide T, t is
-    fractional. Guidance acts where the factor on the noise is 0.8 to 2.5 times that on x_0 (t / T is 0.43 to 0.76),
-    where digits take shape.
+    x_0: DDPM's algorithm 2. For any eta and s, the noise in x_s has variance 1 - alpha_bar_s. If steps does not divide
+    T, t is fractional. Guidance acts while digits take shape: where the factor on the noise is 0.8 to 2.5 times that on
+    x_0 (t / T is 0.43 to 0.76).
     """
     eta = SAMPLERS[sampler]
     x_t = torch.randn(len(label), 1, 28, 28).to(next(net.parameters()).device)  # x_T
@@ -173,7 +173,7 @@ def bound(net, x_0, label):
 
     L_T ("prior") is KL(q(x_T | x_0) || N(0, I)), 0 because alpha_bar_T is. L_{t-1} is `kl_step` at t; of the sum
     ("diffusion") one term is drawn for each image and divided by its probability (importance sampling). The probability
-    is proportional to 1 / t, roughly as the terms are, so that the estimate varies little. L_0 ("decoder") is
+    is proportional to 1 / t, roughly as the terms are, so that the estimate varies less. L_0 ("decoder") is
     -ln p(x_0 | x_1), where p is N(x_0_hat, beta_1) cut into the 256 grey values (DDPM eq. 13). Always T steps, no
     guidance.
     """

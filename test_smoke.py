@@ -509,6 +509,14 @@ def test_finished_run_only_redraws_and_fresh_starts_over(out, tmp_path):
     assert len(checkpoint(folder)["history"]) == len(list((folder / "epochs").iterdir())) == 1
 
 
+def test_what_is_measured_with_other_steps_is_kept_for_the_comparison(tmp_path):
+    for name, steps in ("diffusion", 1), ("diffusion", 2), ("bfn-continuous", 2):
+        main(name, tmp_path, "--epochs", 1, "--limit", 2000, "--batch-size", 200, "--steps", steps)
+    [finals] = metrics(tmp_path / "diffusion")["few_steps"].values()
+    assert list(finals) == ["1", "2"] and finals["1"]["frechet"] != finals["2"]["frechet"]
+    assert finals["1"]["bound"] == finals["2"]["bound"] and (tmp_path / "comparison" / "few_steps.png").exists()
+
+
 def test_a_foreseen_failure_is_one_line(tmp_path):
     process = start("diffusion", tmp_path / "new", "--sample", "3")
     text, error = process.communicate(timeout=600)
