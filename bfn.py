@@ -11,7 +11,7 @@ Alice sends Bob an image in messages, each a multiple of it plus noise; a messag
 has a belief about each pixel on its own (the input distribution, set by t and by theta, the sum of the messages) and
 improves it with each message by Bayes' rule. A network looks at all beliefs together and predicts the image (the
 output distribution, of mean x_hat). Alice draws a message from the sender's distribution; Bob expects the receiver's,
-the sender's averaged over his output distribution. If the two share random numbers, it can be sent at a cost of about
+the sender's averaged over his output distribution. If the two share random numbers, a message costs about
 KL(sender's || receiver's). These costs, plus the bits of the image given Bob's last prediction, are the length of a
 code; training makes it short. With no Alice, Bob makes up her messages from his predictions: a new image appears.
 
