@@ -27,7 +27,7 @@ from torch import nn
 
 NOT_TOLD = 10  # the label of an image whose class the network is not told
 NINE = torch.arange(1, 10)  # the digits of all pictures, in reading order
-STEPS, GUIDANCE = 30, 1.13  # defaults of the command line
+STEPS, GUIDANCE = 30, 1.17  # defaults of the command line
 FORMAT = 4  # of checkpoints
 if hasattr(torch.backends, "nnpack"):
     torch.backends.nnpack.set_flags(False)  # it slows down convolutions where torch has no oneDNN (Apple silicon)
