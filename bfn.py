@@ -8,8 +8,8 @@
     python bfn.py --data-type discrete
 
 Alice sends Bob an image in messages, each a multiple of it plus noise; a message's accuracy is how much it tells. Bob
-has a belief about each pixel on its own (the input distribution, set by t and by theta, the sum of the messages) and
-improves it with each message by Bayes' rule. A network looks at all beliefs together and predicts the image (the
+has a belief about each pixel on its own (the input distribution, set by time t and theta, the sum of messages) and
+improves it with each message by Bayes' rule. A network looks at all beliefs together and predicts each pixel (the
 output distribution, of mean x_hat). Alice draws a message from the sender's distribution; Bob expects the receiver's,
 the sender's averaged over his output distribution. If the two share random numbers, a message costs about
 KL(sender's || receiver's). These costs, plus the bits of the image given Bob's last prediction, are the length of a
@@ -28,7 +28,7 @@ Departures from the paper, best read last (`Discretized` has one more: the place
 2. For grey values the network sees mu scaled to unit size and predicts v (Salimans & Ho 2022, arXiv 2202.00512),
    not eps; x_hat is not clipped in training. For classes theta is added to the network's output: `output`.
 3. Fourier features (Kingma et al. 2021, arXiv 2107.00630) show the network small differences of grey values. They are
-   of theta / beta, which is x plus noise, not of mu as in the paper's code, and fade as that noise grows: `output`.
+   of theta / beta, x plus noise, not of mu (the paper's code), where x is times gamma; and fade with noise: `output`.
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
 5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`. `--sampler paper
    --guidance 1` samples as in the paper, but for a start at T_MIN.
@@ -52,7 +52,7 @@ T_MIN = 1e-5  # the earliest t: grey values' `output`, `guided_output` and the s
 #     y ~ N(alpha s(x), c alpha)          s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
 # (mean, variance). For classes this is eq. 157; for grey values eq. 86's message (x plus noise of variance 1 / alpha)
-# times alpha. So Bayes' rule is an addition: theta (in the paper, the belief) sums up all messages so far, beta their
+# times alpha. So Bayes' rule is an addition: theta (the paper's is the belief) sums up all messages so far, beta their
 # accuracies. Bob's belief is, for grey values, a normal of mean mu = theta / (1 + beta) and precision 1 + beta (eq. 49,
 # 50, prior N(0, 1)); for classes, softmax(theta) (eq. 171, uniform prior; ln p(y | k) = y_k + const).
 
@@ -128,7 +128,7 @@ class Discretized(Continuous):
     out_channels = 2
 
     def mean(self, output):
-        """sum_k k P(k), k = 0..255, of X, the normal in grey values, rounded: sum_{j=1..255} P(X > j - 1/2) (§5.5).
+        """The mean of X, the normal in grey values, rounded to 0..255; that is sum_{j=1..255} P(X > j - 1/2) (§5.5).
         If X's deviation is < 1 grey value, terms j <= near (the rounded mean) count as 1, the others as 0; the loop
         corrects the ten nearest. If it is larger: the mean of clip(X, 0, 255), off by 0.02 grey values at most."""
         Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
@@ -230,7 +230,7 @@ def loss(data, net, x, label):
 
 
 def guided_output(data, net, theta, t, label, guidance):
-    """The parameters of the output distribution at t, 0-d. Classifier-free guidance exaggerates what the label does:
+    """The parameters of the output distribution at a 0-d t. Classifier-free guidance exaggerates what the label does:
     output_none + guidance (output - output_none), where guidance is 1 + w in its source; 1 turns it off. It acts if
     noise is 0.8 to 2.5 times the signal in theta: t = 0.01 to 0.07 for grey values, 0.2 to 0.6 for K = 2."""
     noise = (data.c / data.beta(t)) ** 0.5  # relative to the signal in theta: s(x) is about 1 in size
@@ -248,8 +248,8 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
     and last a draw from the output distribution in place of x_hat.
 
     "paper" is algorithms 3, 6 and 9, in even steps: Bob's message is about a draw from the output distribution (for
-    continuous data, x_hat). In "mean" it is about x_hat, the mean of draws: the same for small messages; with few steps
-    draws leave grain. "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat,
+    continuous data, x_hat). In "mean" it is about x_hat, to which draws average over many small messages; few large
+    ones leave grain. "ode" draws no new noise: it solves theta = flow(x_hat, t, eps) for eps and goes to flow(x_hat,
     t_next, eps). ("mean", "ode": Xue et al. 2024, arXiv 2404.15766, §4, §5.) All start with pure noise, at T_MIN."""
     eps = torch.randn(len(label), data.channels, 28, 28).to(next(net.parameters()).device)
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -273,7 +273,7 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
 
 @torch.no_grad()
 def bound(data, net, images, label):
-    """-ln p(x | label) <= L_inf + L_r, in nats. Both are estimated, [B], without bias and without guidance, with one
+    """-ln p(x | label) <= L_inf + L_r, in nats. Each is estimated, [B], without bias and without guidance, with one
     draw of theta: L_inf, the messages' cost, at one t for each image; L_r, the reconstruction's, is `nll` at t = 1."""
     x = data.encode(images)
     t = (torch.rand(1) + torch.arange(len(x)) / len(x)) % 1  # each t is uniform; all together are evenly spread

@@ -20,7 +20,7 @@ network, its Fourier features, and all that is not the algorithm. Equation numbe
 x_0 is float [B, 1, 28, 28] in [-1, 1]. t is the step, 1 to T; 0 is the image. t (of any dtype) and label (int64), both
 [B], are on the CPU. eps and z are noise, from N(0, I).
 
-A step of the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z, which takes any x_0 towards noise
+A step of the forward process q is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z; T such steps turn any x_0 into noise
 from N(0, I); `q_sample` takes the first t steps at once. The schedule gives alpha_bar_t, the product of all 1 - beta up
 to t; so beta_t is 1 - alpha_bar_t / alpha_bar_{t-1}. If x_0 is known, the step back, q(x_{t-1} | x_t, x_0), is a
 normal, see `kl_step`. The model's step back, p(x_{t-1} | x_t), is that normal with the predicted x_0_hat for x_0. At
@@ -40,8 +40,8 @@ Departures from DDPM:
    depends (after Kingma et al. 2021, arXiv 2107.00630): `predict_v`.
 5. For a short training: the optimizer is AdamW with betas 0.9 and 0.99, not Adam; the learning rate rises over 200
    updates and falls linearly to 0; averaged weights (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
-6. x_0_hat is clipped to the range of pixels (as in DDPM's code, not in the paper), and the sampler can take fewer
-   steps: `predict_x_0`, `sample`. `--steps 1000 --guidance 1` is DDPM's algorithm 2 except for the clipping.
+6. x_0_hat is clipped to the range of pixels (as in DDPM's code, not in the paper); the sampler can take fewer steps,
+   or be DDIM's: `predict_x_0`, `sample`. `--steps 1000 --guidance 1` is DDPM's algorithm 2 except for the clipping.
 """
 import math
 
@@ -105,8 +105,8 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 def loss(net, x_0, label):
     """DDPM's algorithm 1 without the gradient step: a scalar, the mean squared error of v at random t. It is eq. 14
-    with v for eps. As (v - v_hat)^2 = (x_0 - x_0_hat)^2 / (1 - alpha_bar_t), unclipped, these are the terms of `bound`
-    with less weight at small t: there the bound counts differences of grey values that the eye hardly sees."""
+    with v for eps. The squared error of v is that of x_0_hat, unclipped, over 1 - alpha_bar_t: so these are terms of
+    `bound` with less weight at small t: there the bound counts differences of grey values that the eye hardly sees."""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = common.randn_like(x_0)
     x_t = q_sample(x_0, t, eps)
@@ -117,7 +117,7 @@ def loss(net, x_0, label):
 
 # --------------------------------------------------------------------------------------------------- the sampler
 
-SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # the eta of DDIM eq. 16, which scales the fresh noise; 1 is DDPM's
+SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # eta of DDIM eq. 16, which scales the fresh noise: 1 is DDPM's, 0 is none
 
 
 @torch.no_grad()
@@ -130,9 +130,9 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
     sigma^2 = eta^2 (1 - alpha_bar_s) (1 - alpha_bar_t / alpha_bar_s) / (1 - alpha_bar_t)               (DDIM eq. 16)
 
     With eta = 1 and s = t - 1, x_s has the mean mu_tilde and the variance beta_tilde of `kl_step`, with x_0_hat for
-    x_0: DDPM's algorithm 2. For any eta and s, the noise in x_s has variance 1 - alpha_bar_s. If steps does not divide
-    T, t is fractional. Guidance acts while digits take shape: where the factor on the noise is 0.8 to 2.5 times that on
-    x_0 (t / T is 0.43 to 0.76).
+    x_0: DDPM's algorithm 2. For any eta in [0, 1] and s, were x_0_hat exact, the noise in x_s would have variance
+    1 - alpha_bar_s, as in training: so steps may be skipped. If steps does not divide T, t is fractional. Guidance acts
+    while digits take shape: where the factor on the noise is 0.8 to 2.5 times that on x_0 (t / T is 0.43 to 0.76).
     """
     eta = SAMPLERS[sampler]
     x_t = torch.randn(len(label), 1, 28, 28).to(next(net.parameters()).device)  # x_T
@@ -171,11 +171,11 @@ def bound(net, x_0, label):
 
     L = L_T + sum_{t=2..T} L_{t-1} + L_0      (by Jensen's inequality; x_1, ..., x_T are the latent variables)
 
-    L_T ("prior") is KL(q(x_T | x_0) || N(0, I)), 0 because alpha_bar_T is. L_{t-1} is `kl_step` at t; of the sum
-    ("diffusion") one term is drawn for each image and divided by its probability (importance sampling). The probability
-    is proportional to 1 / t, roughly as the terms are, so that the estimate varies less. L_0 ("decoder") is
-    -ln p(x_0 | x_1), where p is N(x_0_hat, beta_1) cut into the 256 grey values (DDPM eq. 13). Always T steps, no
-    guidance.
+    L_T ("prior") is KL(q(x_T | x_0) || N(0, I)), 0 because alpha_bar_T is. L_{t-1} is the mean of `kl_step` at t over
+    x_t; of the sum ("diffusion") one term is drawn for each image and divided by its probability (importance sampling).
+    This is proportional to 1 / t, roughly as the terms are, so that the estimate varies less. L_0 ("decoder") is the
+    mean of -ln p(x_0 | x_1) over x_1, where p is N(x_0_hat, beta_1) cut into the 256 grey values (DDPM eq. 13). One
+    draw of x_t estimates each mean. Always T steps, no guidance.
     """
     probability = 1 / torch.arange(2, T + 1).double()  # of t = 2..T
     probability = probability / probability.sum()
