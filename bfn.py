@@ -20,7 +20,7 @@ sampler, likelihood bound and training loop. Sections and equations are those of
 networks, arXiv 2308.07037. Time t, [B] or 0-d, is in [0, 1]: at 0 Bob knows nothing of the image, at 1 nearly all (in
 diffusion.py the image is at 0). t and labels are on the CPU.
 
-Departures from the paper, best read last (`Discretized` has one more: the places of the grey values):
+Departures from the paper, best read last (`Discretized` has two more of its own):
 
 1. The network is told the digit, so that the sampler can use classifier-free guidance (Ho & Salimans 2022, arXiv
    2207.12598), at middle noise levels only (Kynkäänniemi et al. 2024, arXiv 2404.07724). For this, one label in ten, at
@@ -32,8 +32,8 @@ Departures from the paper, best read last (`Discretized` has one more: the place
 4. Training (on grey values) and sampling use more early times, where a digit takes shape: `loss`, `times`.
 5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`. `--sampler paper
    --guidance 1` samples as in the paper, but for a start at T_MIN.
-6. For a short training: the learning rate rises over 200 updates and falls linearly to 0; AdamW's second beta is 0.99,
-   not 0.98 (the paper's code); the averaged weights (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
+6. For a short training: the learning rate rises over 200 updates and falls linearly to 0; AdamW's second beta is 0.99
+   (the paper's code, classes: 0.98); averaged weights (EMA), in sampler and bound, decay by 0.995, not 0.9999: `main`.
 """
 import functools
 import math
@@ -123,7 +123,7 @@ class Continuous:
 class Discretized(Continuous):
     """Grey values as 256 numbers in [-1, 1] (§5): the output distribution is a normal, given by mean and ln deviation,
     [B, 2, 28, 28], and cut into bins, one for each value; the first and the last reach to infinity. (Value k lies at
-    2 k / 255 - 1, as in DDPM; the paper cuts [-1, 1] into 256 equal bins.)"""
+    2 k / 255 - 1, as in DDPM; the paper cuts [-1, 1] into 256 equal bins. Its deviations are ours / sqrt(gamma).)"""
 
     out_channels = 2
 
