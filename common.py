@@ -632,7 +632,7 @@ def save_curves(path, runs, title, columns):
             axis.errorbar(x, y, error if column == "test" else None, fmt=".-", label=run["title"])
         axis.set(xlabel="epoch", ylabel={"train_loss": "training loss", "test": f"test {runs[0]['unit']}"}[column])
         axis.locator_params(axis="x", integer=True, min_n_ticks=1)
-        axis.legend()
+        axis.legend(loc="center right")
     write(path, figure.savefig)
 
 
