@@ -244,7 +244,7 @@ def guided_output(data, net, theta, t, label, guidance):
 
 @torch.no_grad()
 def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
-    """Turns noise into one image for each label [N]: yields t, belief, x_hat (images [N, 1, 28, 28]) before each step,
+    """Turns noise into one image for each label [N]: yields belief, x_hat (as images [N, 1, 28, 28]) before each step,
     and last a draw from the output distribution in place of x_hat.
 
     "paper" is algorithms 3, 6 and 9, in even steps: Bob's message is about a draw from the output distribution (for
@@ -258,7 +258,7 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
     for t, t_next in zip(times[:-1], times[1:]):
         output = guided_output(data, net, theta, t, label, guidance)
         x_hat = data.mean(output).clamp(-1, 1)
-        yield t.item(), data.decode(data.belief(theta, t)), data.decode(x_hat)
+        yield data.decode(data.belief(theta, t)), data.decode(x_hat)
         if sampler == "ode":
             beta = data.beta(t).item()
             eps = (theta - beta * data.s(x_hat)) / (data.c * beta) ** 0.5
@@ -268,7 +268,7 @@ def sample(data, net, label, steps=1000, sampler="mean", guidance=1):
             y = sender(data, x, data.beta(t_next) - data.beta(t), common.randn_like(theta))
             theta = theta + y  # Bayes' rule
     x = data.draw(guided_output(data, net, theta, t_next, label, guidance)).clamp(-1, 1)
-    yield 1.0, data.decode(data.belief(theta, t_next)), data.decode(x)
+    yield data.decode(data.belief(theta, t_next)), data.decode(x)
 
 
 @torch.no_grad()

@@ -14,8 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-if "IPython" not in sys.modules:
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, inherited by what it starts, which may not have it
 import matplotlib
 import torch
 import torch.nn.functional as F
@@ -241,7 +239,8 @@ def parse_args(description, argv, samplers, data_types=()):
 
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add = parser.add_argument
-    add("--epochs", type=within(int, 1), default=20, help="train until this many epochs are done (default %(default)s)")
+    add("--epochs", type=within(int, 1), default=20,
+        help="train until this many epochs are done (default %(default)s); more, later, raise the learning rate again")
     add("--batch-size", type=within(int, 1), default=64, metavar="B", help="images a step (default %(default)s)")
     add("--lr", type=within(float, 1e-9, 1e9), default=2e-3, help="highest learning rate (default %(default)s)")
     add("--seed", type=within(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
@@ -306,8 +305,8 @@ def write(path, save):
 class Run:
     """A run's folder and what is in it; what stands there is loaded when the run is made.
 
-    sample(net, label, steps, sampler, guidance) yields (t, state, prediction) before each step, images in [-1, 1], and
-    last the finished image in place of the prediction. bound(net, images, label) is an upper bound on code lengths
+    sample(net, label, steps, sampler, guidance) yields (state, prediction) before each step, as images, and last
+    the finished image in place of the prediction. bound(net, images, label) is an upper bound on code lengths
     given the label, in nats, as {name of a term: [B]}. real(images) are images as the model has them."""
 
     def __init__(self, args, name, title, unit, state_name, net, ema, optimizer, sample, bound, real=lambda x: x):
@@ -333,7 +332,7 @@ class Run:
         if other:
             fail(f"the run in {self.folder} has other settings ({'; '.join(other)}): give those (for drawn digits "
                  "--dataset drawn), or another --out-dir, or --fresh to throw that run away")
-        self.name = f"{title} on {self.settings['dataset']}"
+        self.subject = f"{title} on {self.settings['dataset']}"
         self.parameters = sum(p.numel() for p in net.parameters())
         if args.sample:
             return
@@ -343,7 +342,7 @@ class Run:
                 old.unlink(missing_ok=True)
         except OSError as error:
             fail(f"{self.folder} cannot be written to ({error.strerror})")
-        print(f"{self.name}: {len(self.train[0])} training images, {self.parameters:,} parameters, {args.device}, "
+        print(f"{self.subject}: {len(self.train[0])} training images, {self.parameters:,} parameters, {args.device}, "
               f"{len(self.history)} epochs done -> {self.folder}", flush=True)
 
     def load(self, checkpoint):
@@ -352,7 +351,7 @@ class Run:
         except Exception as error:  # whatever torch raises of a file that is no checkpoint
             state = error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            fail(f"{checkpoint} is not a checkpoint of this version: move it away, or start over with --fresh")
+            fail(f"{checkpoint} is unreadable or of another version: move it away, or start over with --fresh")
         self.net.load_state_dict(state["net"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -388,7 +387,7 @@ class Run:
                "images_per_second": len(losses) * self.args.batch_size / seconds,
                "test": test.mean().item(), "test_se": (test.std() / len(test) ** 0.5).item()}
         if not math.isfinite(row["train_loss"] + row["test"]):
-            fail(f"the loss is no longer a number in epoch {epoch}: try a smaller --lr; earlier epochs are kept")
+            fail(f"the loss is no longer a number in epoch {epoch}: try a smaller --lr in another --out-dir")
         print(f"epoch {epoch}/{self.args.epochs}: {seconds:.0f} s, {row['images_per_second']:.0f} images/s, training "
               f"loss {row['train_loss']:.4f}, test {row['test']:.3f} +- {row['test_se']:.3f} {self.unit}", flush=True)
         self.history.append(row)
@@ -400,7 +399,7 @@ class Run:
         write(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
         self.write_metrics()
         save_grids(self.folder / "epochs" / f"epoch_{epoch:03}.png", {"": self.previews[epoch]},
-                   f"{self.name}, epoch {epoch}")
+                   f"{self.subject}, epoch {epoch}")
 
     def write_metrics(self):
         metrics = {"settings": self.settings, "title": self.title, "unit": self.unit, "parameters": self.parameters,
@@ -419,7 +418,7 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.args.seed)
             for part in labels.split(500):
-                for _, _, image in self.process(part, STEPS):
+                for _, image in self.process(part, STEPS):
                     pass
                 images.append(to_uint8(image))
         return torch.cat(images)
@@ -446,22 +445,23 @@ class Run:
         N, label = self.args.sample, self.args.label
         images = self.draw(torch.arange(1, N + 1) % 10 if label is None else torch.full((N,), label))
         write(self.folder / "samples.pt", lambda path: torch.save(images, path))
-        save_grids(self.folder / "samples.png", {"": images[:9]}, self.name)
+        save_grids(self.folder / "samples.png", {"": images[:9]}, self.subject)
         print(f"{N} images -> {self.folder / 'samples.pt'}")
 
     def finish(self):
         """What a run leaves at its end: final figures of merit, pictures, and the comparison."""
         sampling = {"steps": self.args.steps or STEPS, "sampler": self.args.sampler, "guidance": self.args.guidance}
-        if self.final.get("sampling") != sampling:
+        count = min(len(self.test[0]), 2000 if self.args.steps else max(2000, 500 * len(self.history)))
+        if (self.final.get("sampling"), self.final.get("count", count)) != (sampling, count):
             (self.folder / "trace.pt").unlink(missing_ok=True)  # until it is drawn anew, nothing is compared with it
             print("measuring", flush=True)
-            self.final = {**(self.final or self.measure_bound()), "sampling": sampling, **self.measure_digits()}
+            self.final = {**(self.final or self.measure_bound()), "sampling": sampling, **self.measure_digits(count)}
             if self.args.steps and "frechet" in self.final:
                 how = f"{self.args.sampler}, guidance {self.args.guidance:g}"
                 self.few_steps.setdefault(how, {})[str(self.args.steps)] = self.final
         self.save_figures(self.write_metrics())
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.final.items() if isinstance(value, float))
-        print(f"{self.name}, {len(self.history)} epochs (bound in {self.unit}): {numbers}")
+        print(f"{self.subject}, {len(self.history)} epochs (bound in {self.unit}): {numbers}")
         compare(self.args.out_dir, self.settings["model"])
 
     def measure_bound(self):
@@ -472,11 +472,10 @@ class Run:
                 "parts": {name: term.mean().item() for name, term in terms.items()},
                 "images_per_second": torch.tensor([row["images_per_second"] for row in self.history]).median().item()}
 
-    def measure_digits(self):
-        """Frechet distance and shares of right and of clear digits, of 10,000 drawn ones (of fewer after less than 20
-        epochs, of 2,000 with --steps: measuring should not outlast training)."""
+    def measure_digits(self, count):
+        """Frechet distance and shares of right and of clear digits, of count drawn ones (10,000, fewer after less than
+        20 epochs, 2,000 with --steps: measuring should not outlast training)."""
         images, labels = self.test
-        count = min(len(images), 2000 if self.args.steps else max(2000, 500 * len(self.history)))
         if count < 2000:
             return {}
         classifier = trained_classifier(self.settings["dataset"], *self.train, self.args)
@@ -485,9 +484,9 @@ class Run:
             torch.manual_seed(self.args.seed)
             chosen = torch.randperm(len(self.train[0]))[:count]
             train, test = [to_uint8(self.real(to_float(part))) for part in (self.train[0][chosen], images)]
-        train, _, _ = judge(classifier, train, self.train[1][chosen])
-        test, right_real, clear_real = judge(classifier, test, labels)
-        drawn, right, clear = judge(classifier, self.draw(asked), asked)
+        train, _, _ = classify(classifier, train, self.train[1][chosen])
+        test, right_real, clear_real = classify(classifier, test, labels)
+        drawn, right, clear = classify(classifier, self.draw(asked), asked)
         figures = {"clear": clear, "clear_real": clear_real, "count": count,
                    "frechet": frechet_distance(drawn, test), "frechet_real": frechet_distance(train, test)}
         return figures if self.args.no_labels else {"right": right, "right_real": right_real, **figures}
@@ -497,12 +496,12 @@ class Run:
         steps = self.args.steps or 1000
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.args.seed)
-            frames = [(to_uint8(state), to_uint8(prediction)) for _, state, prediction in self.process(NINE, steps)]
+            frames = [(to_uint8(state), to_uint8(prediction)) for state, prediction in self.process(NINE, steps)]
         states, predictions = zip(*[frames[i] for i in spread(50, steps + 1)])
         trace = {"title": self.title, "state_name": self.state_name, "steps": steps, "states": torch.stack(states),
                  "predictions": torch.stack(predictions)}
         write(self.folder / "trace.pt", lambda path: torch.save(trace, path))
-        name = f"{self.name}, {len(self.history)} epochs"
+        name = f"{self.subject}, {len(self.history)} epochs"
         shown = {f"epoch {1 + i}": self.previews[1 + i] for i in spread(6, len(self.previews))}
         save_grids(self.folder / "training.png", shown, f"{name}: nine draws from the same noise")
         save_grids(self.folder / "samples.png", {"": predictions[-1]}, f"{name}: {steps} steps")
@@ -546,7 +545,7 @@ def trained_classifier(name, images, labels, args):
 
 
 @torch.no_grad()
-def judge(classifier, images, labels):
+def classify(classifier, images, labels):
     """Of uint8 images [N, 1, 28, 28]: their features, float64 [N, 64]; *right*, the share that the classifier reads as
     their label; *clear*, the share of which it is at least 90% sure."""
     features = torch.cat([classifier[:-2](to_float(part)) for part in images.split(500)])
@@ -644,7 +643,8 @@ def save_few_steps(path, runs, title):
             steps, distances = zip(*sorted((int(steps), final["frechet"]) for steps, final in finals.items()))
             axis.loglog(steps, distances, ".-", label=f"{run['title']}, {how}")
     axis.axhline(next(iter(finals.values()))["frechet_real"], color="gray", linestyle=":", label="real digits")
-    axis.set(title=title, xlabel="sampling steps", ylabel="Fréchet distance", xticks=steps, xticklabels=steps)
+    axis.set(title=title, xlabel="sampling steps", ylabel="Fréchet distance")
+    axis.set_xticks([10, 20, 50, 100, 250, 1000], [10, 20, 50, 100, 250, 1000])
     axis.set_yticks([5, 10, 20, 50, 100], [5, 10, 20, 50, 100])
     axis.legend()
     write(path, axis.figure.savefig)
@@ -685,7 +685,7 @@ def compare(out_dir, name):
 
 ROWS = {"parameters": "{parameters:,}", "training, images/s (median epoch)": "{images_per_second:.0f}",
         "test bound on code length (± standard error)": "{bound:.3f} ± {bound_se:.3f} {unit}",
-        "Fréchet distance (real digits)": "{frechet:.2f} ({frechet_real:.2f})",
+        "sampler": "{sampling[sampler]}", "Fréchet distance (real digits)": "{frechet:.2f} ({frechet_real:.2f})",
         "right (real digits)": "{right:.1%} ({right_real:.1%})",
         "clear (real digits)": "{clear:.1%} ({clear_real:.1%})"}
 

@@ -122,8 +122,8 @@ SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # eta of DDIM eq. 16, which scales t
 
 @torch.no_grad()
 def sample(net, label, steps=T, sampler="ancestral", guidance=1):
-    """From noise to one image for each label [N]: yields (t / T, x_t, x_0_hat) before each step, the last two
-    [N, 1, 28, 28], and finally (0, x_0, x_0). A step from t to s < t is
+    """From noise to one image for each label [N]: yields (x_t, x_0_hat), both [N, 1, 28, 28], before each step,
+    and finally (x_0, x_0). A step from t to s < t is
 
     eps_hat = (x_t - sqrt(alpha_bar_t) x_0_hat) / sqrt(1 - alpha_bar_t)                             (from DDPM eq. 4)
     x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps_hat + sigma z,  z ~ N(0, I)   (DDIM eq. 12)
@@ -141,11 +141,11 @@ def sample(net, label, steps=T, sampler="ancestral", guidance=1):
         a_t, a_s = alpha_bar(t).item(), alpha_bar(s).item()
         guided = 0.8 * a_t ** 0.5 < (1 - a_t) ** 0.5 < 2.5 * a_t ** 0.5
         x_0_hat = predict_x_0(net, x_t, t.expand(len(label)), label, guidance if guided else 1)
-        yield t.item() / T, x_t, x_0_hat
+        yield x_t, x_0_hat
         eps_hat = (x_t - a_t ** 0.5 * x_0_hat) / (1 - a_t) ** 0.5
         sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
         x_t = a_s ** 0.5 * x_0_hat + max(1 - a_s - sigma ** 2, 0) ** 0.5 * eps_hat + sigma * common.randn_like(x_t)
-    yield 0.0, x_t, x_t
+    yield x_t, x_t
 
 
 # ------------------------------------------------------------------------------------------------ the likelihood
