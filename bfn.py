@@ -33,7 +33,7 @@ Departures from the paper, best read last (`Discretized` has two more of its own
 5. The sampler's message is about x_hat, not about a draw from the output distribution: `sample`. `--sampler paper
    --guidance 1` samples as in the paper, but for a start at T_MIN.
 6. For a short training: the learning rate rises over 200 updates and falls linearly to 0; AdamW's second beta is 0.99
-   (the paper's code, classes: 0.98); averaged weights (EMA), in sampler and bound, decay by 0.995, not 0.9999: `main`.
+   (paper's code, classes: 0.98); averaged weights (EMA), for sampler and bound, have decay 0.995, not 0.9999: `main`.
 """
 import functools
 import math

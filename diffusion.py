@@ -105,7 +105,7 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 def loss(net, x_0, label):
     """DDPM's algorithm 1 without the gradient step: a scalar, the mean squared error of v at random t. It is eq. 14
-    with v for eps. The squared error of v is that of x_0_hat, unclipped, over 1 - alpha_bar_t: so these are terms of
+    with v for eps. The squared error of v is that of x_0_hat, unclipped, over 1 - alpha_bar_t; so these are terms of
     `bound` with less weight at small t: there the bound counts differences of grey values that the eye hardly sees."""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = common.randn_like(x_0)
