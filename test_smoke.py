@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import torchgen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -371,7 +370,7 @@ def test_measures_tell_good_digits_from_bad_ones(tmp_path):
 
 class AppleGPU(TorchDispatchMode):
     """Refuses float64, and each op that has no kernel for Apple's GPUs (MPS) in torch's table, on device "meta"."""
-    table = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text(encoding="utf-8")
+    table = (Path(torch.__file__).parents[1] / "torchgen/packaged/ATen/native/native_functions.yaml").read_text("utf-8")
     ops = {entry.split("(")[0]: entry for entry in table.split("\n- func: ")}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
