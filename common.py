@@ -1,7 +1,7 @@
-"""What diffusion.py and bfn.py share: the shuffled U-Net, data, a run's files, measures, figures and the comparison.
+"""What diffusion.py and bfn.py share: the shuffled U-Net, data, a run's files, evaluation, figures and the comparison.
 
 Images are uint8 0..255 at the edges and float32 [B, 1, 28, 28] in [-1, 1] inside the models. A label is int64 [B]:
-0 to 9, or NOT_TOLD. The network stands first; the rest follows in the order in which a run needs it.
+0 to 9, or NULL_LABEL. The network stands first; the rest follows in the order in which a run needs it.
 """
 import argparse
 import contextlib
@@ -23,31 +23,32 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from torch import nn
 
-NOT_TOLD = 10  # the label of an image whose class the network is not told
+NULL_LABEL = 10  # in place of a label that the network is not given
 NINE = torch.arange(1, 10)  # the digits of all pictures, in reading order
-STEPS, GUIDANCE = 30, 1.17  # defaults of the command line
-FORMAT = 4  # of checkpoints
+STEPS, GUIDANCE = 30, 1.15  # defaults of the command line
+FORMAT = 5  # of checkpoints
 if hasattr(torch.backends, "nnpack"):
     torch.backends.nnpack.set_flags(False)  # it slows down convolutions where torch has no oneDNN (Apple silicon)
 
 
 # --------------------------------------------------------------------------------------------------- the network
 
-def fourier_features(x, sigma):
+def fourier_features(z, sigma):
     """Sines and cosines of the pixels, with which a network can tell neighbouring grey values apart, which differ by
-    2/255. (Kingma et al. 2021, Variational diffusion models, arXiv 2107.00630, app. C.)
+    2/255 (Kingma et al. 2021, Variational diffusion models, arXiv 2107.00630, app. C). Bits/dim 1.6, without 2.8.
 
-    There is one wave for each of 8 octaves; the fastest has one period per grey value. Under noise of deviation sigma,
-    exp(-(omega sigma)^2 / 2) is left of a wave on average; scaled by that, waves that are nothing but noise vanish.
-    x: float [B, 1, 28, 28], the image plus noise; sigma: float [B, 1, 1, 1]. Returns [B, 16, 28, 28]."""
-    omega = (2 * math.pi * 127.5 / 2 ** torch.arange(8)).view(1, 8, 1, 1).to(x.device)
+    z: float [B, 1, 28, 28] = (x + sigma eps) / sqrt(1 + sigma^2); sigma: float [B, 1, 1, 1]. Returns [B, 16, 28, 28]:
+    a wave of x + sigma eps for each of 8 octaves; the fastest has one period per grey value. On average over the noise
+    eps, exp(-(omega sigma)^2 / 2) is left of a wave; scaled by that, waves that are nothing but noise vanish."""
+    sigma = sigma.clamp(max=1000)  # it may be infinite
+    omega = 2 * math.pi * 127.5 / 2 ** torch.arange(8, device=z.device).view(1, 8, 1, 1)
     damping = torch.exp(-(omega * sigma) ** 2 / 2)
-    phase = omega * (x + 1)
+    phase = omega * (z * (1 + sigma ** 2).sqrt() + 1)
     return torch.cat([damping * phase.sin(), damping * phase.cos()], dim=1)
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, each after a normalisation and SiLU. Between them, time and label scale and shift."""
+    """Two 3x3 convolutions, each after a normalisation and SiLU. Between them, sigma and label scale and shift."""
 
     def __init__(self, channels, condition_channels):
         super().__init__()
@@ -85,15 +86,17 @@ class ShuffleUnit(nn.Module):
 
 
 class UNet(nn.Module):
-    """The shuffled U-Net: image, time and label to image. The units work at 7x7, where a pixel sees the whole image
-    after few layers. All convolutions are dense and on CPUs in channels_last memory, the fastest way there."""
+    """The shuffled U-Net, net(z, sigma, label): noisy image, noise level and label to image. The units work at 7x7,
+    where a pixel sees the whole image after few layers. All convolutions are dense and on CPUs in channels_last memory,
+    the fastest way there. With fourier, it also sees the `fourier_features` of z, which then has one channel."""
 
-    def __init__(self, in_channels, out_channels, width=64, units=2, condition_channels=128):
+    def __init__(self, in_channels, out_channels, fourier, width=64, units=2, condition_channels=128):
         super().__init__()
+        self.fourier = fourier
         self.register_buffer("frequencies", torch.logspace(0.5, 3, 32), persistent=False)
-        self.time = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, condition_channels))
-        self.label = nn.Embedding(11, condition_channels)                              # ten classes and NOT_TOLD
-        self.stem = nn.Conv2d(in_channels, width, 4, stride=2, padding=1)              # 28x28 -> 14x14
+        self.noise = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, condition_channels))
+        self.label = nn.Embedding(11, condition_channels)                              # ten classes and NULL_LABEL
+        self.stem = nn.Conv2d(in_channels + 16 * fourier, width, 4, stride=2, padding=1)  # 28x28 -> 14x14
         self.shrink = nn.Conv2d(width, 2 * width, 2, stride=2)                         # 14x14 -> 7x7
         self.units = nn.ModuleList(ShuffleUnit(2 * width, condition_channels) for _ in range(units))
         self.grow = nn.ConvTranspose2d(2 * width, width, 2, stride=2)                  # 7x7 -> 14x14
@@ -103,13 +106,17 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x, t, label):
-        """x: float [B, in_channels, 28, 28]; t: [B] in [0, 1]; label: int64 [B]. t and label may lie on the CPU.
-        Returns float [B, out_channels, 28, 28]."""
-        angles = t.float().to(x.device)[:, None] * self.frequencies  # sinusoidal features (arXiv 1706.03762, §3.5)
-        time = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
-        condition = F.silu(time + self.label(label.to(x.device)))
-        x = self.stem(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
+    def forward(self, z, sigma, label):
+        """z: float [B, in_channels, 28, 28], for grey values (x + sigma eps) / sqrt(1 + sigma^2), an image with noise of
+        std sigma, scaled to unit size. sigma: float [B, 1, 1, 1] (or one for all, [1, 1, 1, 1]) in [0, inf]; label:
+        int64 [B]. Returns float [B, out_channels, 28, 28]."""
+        level = 2 / math.pi * sigma.flatten(1).atan()  # in [0, 1]; with the schedule of diffusion.py it is t / T
+        angles = level * self.frequencies  # sinusoidal features (arXiv 1706.03762, §3.5)
+        noise = self.noise(torch.cat([angles.sin(), angles.cos()], dim=1))
+        condition = F.silu(noise + self.label(label))
+        if self.fourier:
+            z = torch.cat([z, fourier_features(z, sigma)], dim=1)
+        x = self.stem(z.contiguous(memory_format=torch.channels_last) if z.device.type == "cpu" else z)
         h = self.shrink(x)
         for unit in self.units:
             h = unit(h, condition)
@@ -118,27 +125,43 @@ class UNet(nn.Module):
         return self.head(F.silu(x))
 
 
-def column(values, x):
-    """values, [B] on the CPU, as [B, 1, 1, 1] of x's type on x's device, to go with images."""
-    return values.view(-1, 1, 1, 1).to(x.dtype).to(x.device)
+def ema(net, decay=0.999):
+    """A copy of net whose weights are an exponential moving average of net's, by ema.update_parameters(net). After n
+    updates the decay is min(decay, (1 + n) / (10 + n)), so that the first, untrained weights are soon forgotten."""
+    def average(mean, weights, n):
+        return mean.lerp(weights, (9 / (10 + n)).clamp(min=1 - decay))
+    return torch.optim.swa_utils.AveragedModel(net, avg_fn=average)
 
 
-def randn_like(x):
-    """Normal noise of x's shape on x's device, drawn on the CPU: the same numbers on every device."""
-    return torch.randn(x.shape).to(x.device)
-
-
-def discretized_normal_nll(x, mean, sigma):
-    """-ln of the mass of N(mean, sigma^2) in the bin of x, one of the 256 grey values in [-1, 1], in nats; all of one
-    shape, or sigma one number. A bin reaches half-way to the next value, the first and the last one to infinity (DDPM
-    eq. 13, BFN §5.1). On the CPU, in float64 and in the smaller tail; a mass below 1e-300 counts as that."""
-    x, mean, sigma = [torch.as_tensor(value).cpu().double() for value in (x, mean, sigma)]
-    low = torch.where(x < -1 + 1 / 255, -math.inf, (x - 1 / 255 - mean) / sigma)
-    high = torch.where(x > 1 - 1 / 255, math.inf, (x + 1 / 255 - mean) / sigma)
-    upper = low + high > 0
-    low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
-    mass = torch.special.ndtr(high) - torch.special.ndtr(low)
+def discretized_normal_nll(x, mean, std):
+    """-ln of the mass of N(mean, std^2) in the bin of x, one of the 256 grey values in [-1, 1], in nats; all of one
+    shape, or std one number. A bin reaches half-way to the next value, the first and the last one to infinity (DDPM
+    eq. 13, BFN §5.1). On the CPU, in float64; a mass below 1e-300 counts as that."""
+    x, mean, std = [torch.as_tensor(value).cpu().double() for value in (x, mean, std)]
+    low = torch.where(x < -1 + 1 / 255, -math.inf, (x - 1 / 255 - mean) / std)
+    high = torch.where(x > 1 - 1 / 255, math.inf, (x + 1 / 255 - mean) / std)
+    lower = low + high < 0  # mirrored into the upper tail, where erfc loses no digits
+    low, high = torch.where(lower, -high, low), torch.where(lower, -low, high)
+    mass = (torch.erfc(low / 2 ** 0.5) - torch.erfc(high / 2 ** 0.5)) / 2
     return -mass.clamp(min=1e-300).log().float()
+
+
+def discretized_normal_mean(mean, std):
+    """The mean of X, N(mean, std^2) rounded to one of the 256 grey values in [-1, 1], all [B, 1, 28, 28].
+
+    In units of grey values, 0..255, it is sum_{j=1..255} P(X > j - 1/2) (BFN §5.5). If std is below 1 of them, terms
+    j <= near (the rounded mean) count as 1, the others as 0; the loop corrects the ten nearest. If it is larger: the
+    mean of X clipped to 0..255 and not rounded, which is off by 0.02 at most."""
+    Phi = torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf
+    m, sigma = (mean + 1) * 127.5, std * 127.5
+    narrow = near = m.detach().round().clamp(0, 255)
+    for i in range(-5, 5):
+        edge = near + i + 0.5  # j - 1/2
+        narrow = narrow + (edge > 0) * (edge < 255) * (Phi((m - edge) / sigma) - int(i < 0))
+    a, b = -m / sigma, (255 - m) / sigma
+    phi_a, phi_b = [torch.exp(-z ** 2 / 2) / (2 * math.pi) ** 0.5 for z in (a, b)]
+    wide = 255 + m * (Phi(b) - Phi(a)) - 255 * Phi(b) + sigma * (phi_a - phi_b)
+    return torch.where(sigma < 1, narrow, wide) / 127.5 - 1
 
 
 # ------------------------------------------------------------------------------------------------------ the data
@@ -240,9 +263,9 @@ def parse_args(description, argv, samplers, data_types=()):
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add = parser.add_argument
     add("--epochs", type=within(int, 1), default=20,
-        help="train until this many epochs are done (default %(default)s); more, later, raise the learning rate again")
+        help="train until this many epochs are done (default %(default)s)")
     add("--batch-size", type=within(int, 1), default=64, metavar="B", help="images a step (default %(default)s)")
-    add("--lr", type=within(float, 1e-9, 1e9), default=2e-3, help="highest learning rate (default %(default)s)")
+    add("--lr", type=within(float, 1e-9, 1e9), default=2e-3, help="learning rate (default %(default)s)")
     add("--seed", type=within(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: cuda if usable, else cpu")
     add("--out-dir", type=Path, default="out", metavar="DIR", help="where runs are kept (default %(default)s)")
@@ -254,7 +277,7 @@ def parse_args(description, argv, samplers, data_types=()):
     add("--sampler", choices=samplers, default=samplers[0], help="default: %(default)s")
     add("--label", type=int, choices=range(10), metavar="L", help="with --sample: draw this class only, 0 to 9")
     add("--guidance", type=within(float, 0), metavar="W", help=f"of the sampler, 1 for none (default {GUIDANCE})")
-    add("--no-labels", action="store_true", help="the network is never told the digit, as in the papers")
+    add("--no-labels", action="store_true", help="the network is not given the label, as in the papers")
     add("--fresh", action="store_true", help="throw away the run that stands there and start over")
     if data_types:
         add("--data-type", choices=data_types, default=data_types[0], help="what a pixel is (default %(default)s)")
@@ -326,7 +349,6 @@ class Run:
         else:
             data = load_data(args.dataset, args.data_dir, args.seed, args.limit)
             self.settings["dataset"], self.train, self.test = data
-            self.updates = args.epochs * (len(self.train[0]) // args.batch_size)  # of the weights, in all
         other = [f"{key} {old} there, {self.settings[key]} here" for key, old in there.items()
                  if self.settings[key] != old]
         if other:
@@ -356,27 +378,28 @@ class Run:
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.previews = state["history"], state["previews"]
-        torch.set_rng_state(state["random_state"])
         with contextlib.suppress(OSError, ValueError, KeyError):  # without it, all is measured again
             metrics = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
             if len(metrics["history"]) == len(self.history):
                 self.final, self.few_steps = metrics["final"], metrics.get("few_steps", {})
         return state["settings"]
 
-    def told(self, labels):
+    def given(self, labels):
         """The labels as the network is given them."""
-        return torch.full_like(labels, NOT_TOLD) if self.args.no_labels else labels
+        return (torch.full_like(labels, NULL_LABEL) if self.args.no_labels else labels).to(self.args.device)
 
     def batches(self):
-        """One epoch of shuffled batches: images, float [B, 1, 28, 28] in [-1, 1] on the device, and labels, int64 [B]
-        on the CPU. A last batch that is smaller is left out."""
+        """One epoch of shuffled batches: images, float [B, 1, 28, 28] in [-1, 1], and labels, int64 [B], all of them
+        NULL_LABEL with --no-labels. A last batch that is smaller is left out. Each epoch has random numbers of its own,
+        so that an interrupted run goes on as if it had not been."""
+        torch.manual_seed(self.args.seed + 2 ** 31 * (len(self.history) + 1))
         self.start = time.perf_counter()
         (images, labels), size = self.train, self.args.batch_size
         count = len(images) // size
         for i, chosen in enumerate(torch.randperm(len(images))[:count * size].view(count, size)):
             if sys.stdout.isatty() and i % 10 == 0:
                 print(f"epoch {len(self.history) + 1}: {i / count:.0%}", end="\r", flush=True)
-            yield to_float(images[chosen]).to(self.args.device), self.told(labels[chosen])
+            yield to_float(images[chosen]).to(self.args.device), self.given(labels[chosen])
 
     def end_epoch(self, losses):
         """Measure, draw nine digits, write the checkpoint: after this, the epoch cannot be lost."""
@@ -395,7 +418,7 @@ class Run:
         self.final, self.few_steps = {}, {}  # they were those of fewer epochs
         state = {"format": FORMAT, "settings": self.settings, "net": self.net.state_dict(),
                  "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(), "history": self.history,
-                 "previews": self.previews, "random_state": torch.get_rng_state()}
+                 "previews": self.previews}
         write(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
         self.write_metrics()
         save_grids(self.folder / "epochs" / f"epoch_{epoch:03}.png", {"": self.previews[epoch]},
@@ -410,17 +433,16 @@ class Run:
 
     def process(self, labels, steps):
         """Sampling, one image for each label, with the command line's sampler, guidance, and steps if it has any."""
-        return self.sample(self.ema, self.told(labels), self.args.steps or steps, self.args.sampler, self.args.guidance)
+        return self.sample(self.ema, self.given(labels), self.args.steps or steps, self.args.sampler, self.args.guidance)
 
     def draw(self, labels):
         """One image for each label: uint8 [N, 1, 28, 28]."""
         images = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.args.seed)
-            for part in labels.split(500):
-                for _, image in self.process(part, STEPS):
-                    pass
-                images.append(to_uint8(image))
+        torch.manual_seed(self.args.seed)
+        for part in labels.split(500):
+            for _, image in self.process(part, STEPS):
+                pass
+            images.append(to_uint8(image))
         return torch.cat(images)
 
     @torch.no_grad()
@@ -432,11 +454,10 @@ class Run:
         """
         images, labels = [part[:count].repeat(repeats, *[1] * (part.dim() - 1)) for part in self.test]
         terms = {} if self.args.no_labels else {"label": [torch.full((len(images),), math.log(10))]}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.args.seed)
-            for x, label in zip(images.split(500), labels.split(500)):
-                for name, nats in self.bound(self.ema, to_float(x).to(self.args.device), self.told(label)).items():
-                    terms.setdefault(name, []).append(nats.cpu())
+        torch.manual_seed(self.args.seed)
+        for x, label in zip(images.split(500), labels.split(500)):
+            for name, nats in self.bound(self.ema, to_float(x).to(self.args.device), self.given(label)).items():
+                terms.setdefault(name, []).append(nats.cpu())
         scale = 784 * math.log(2) if self.unit == "bits/dim" else 1
         return {name: torch.cat(nats).view(repeats, -1).mean(0) / scale for name, nats in terms.items()}
 
@@ -480,10 +501,9 @@ class Run:
             return {}
         classifier = trained_classifier(self.settings["dataset"], *self.train, self.args)
         asked = torch.arange(count) % 10
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.args.seed)
-            chosen = torch.randperm(len(self.train[0]))[:count]
-            train, test = [to_uint8(self.real(to_float(part))) for part in (self.train[0][chosen], images)]
+        torch.manual_seed(self.args.seed)
+        chosen = torch.randperm(len(self.train[0]))[:count]
+        train, test = [to_uint8(self.real(to_float(part))) for part in (self.train[0][chosen], images)]
         train, _, _ = classify(classifier, train, self.train[1][chosen])
         test, right_real, clear_real = classify(classifier, test, labels)
         drawn, right, clear = classify(classifier, self.draw(asked), asked)
@@ -494,9 +514,8 @@ class Run:
     def save_figures(self, metrics):
         """Figures 1 to 4 of the README, the curves, the film, and trace.pt, of which the comparison is made."""
         steps = self.args.steps or 1000
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.args.seed)
-            frames = [(to_uint8(state), to_uint8(prediction)) for state, prediction in self.process(NINE, steps)]
+        torch.manual_seed(self.args.seed)
+        frames = [(to_uint8(state), to_uint8(prediction)) for state, prediction in self.process(NINE, steps)]
         states, predictions = zip(*[frames[i] for i in spread(50, steps + 1)])
         trace = {"title": self.title, "state_name": self.state_name, "steps": steps, "states": torch.stack(states),
                  "predictions": torch.stack(predictions)}
@@ -520,26 +539,25 @@ def trained_classifier(name, images, labels, args):
     on the training set (some minutes) and kept beside the data, or where runs are, if the data are read-only."""
     keep = args.data_dir if os.access(args.data_dir, os.W_OK) and args.data_dir.stat().st_mode & 0o200 else args.out_dir
     path = keep / f"classifier-{name.lower().replace(' ', '-')}-{len(images)}.pt"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.SiLU(),
-                            nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2),
-                            nn.Conv2d(64, 128, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(),
-                            nn.Linear(128 * 9, 64), nn.SiLU(), nn.Linear(64, 10)).to(memory_format=torch.channels_last)
-        if path.exists():
-            net.load_state_dict(torch.load(path, weights_only=True))
-            return net
-        print(f"training the classifier of the Frechet distance on {name}", flush=True)
-        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
-        count = len(images) // 128
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=4 * count)
-        for _ in range(4):
-            for chosen in torch.randperm(len(images))[:count * 128].view(count, 128):
-                loss = F.cross_entropy(net(to_float(images[chosen])), labels[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.SiLU(),
+                        nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2),
+                        nn.Conv2d(64, 128, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(),
+                        nn.Linear(128 * 9, 64), nn.SiLU(), nn.Linear(64, 10)).to(memory_format=torch.channels_last)
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+        return net
+    print(f"training the classifier of the Frechet distance on {name}", flush=True)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    count = len(images) // 128
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=4 * count)
+    for _ in range(4):
+        for chosen in torch.randperm(len(images))[:count * 128].view(count, 128):
+            loss = F.cross_entropy(net(to_float(images[chosen])), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     write(path, lambda temporary: torch.save(net.state_dict(), temporary))
     return net
 
