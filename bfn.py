@@ -7,12 +7,12 @@
     python bfn.py                             (`python bfn.py --help` lists the flags)
     python bfn.py --data-type discrete        (or discretized; continuous is the default)
 
-Alice sends Bob an image x in noisy messages y, from the sender distribution. Bob's belief about each pixel on its own,
-the input distribution, has parameters theta; each message updates them by Bayes' rule. A network looks at theta of all
-pixels and predicts each pixel: the output distribution, of mean x_hat. The message that Bob expects follows the
+Alice sends Bob an image x in noisy messages y, drawn from the sender distribution. Bob's belief about each pixel on its
+own, the input distribution, has parameters theta; each message updates them by Bayes' rule. A network looks at theta of
+all pixels and predicts each pixel: the output distribution, of mean x_hat. The message that Bob expects follows the
 receiver distribution: the sender distribution, averaged over the output distribution. If the two share random numbers,
-a message can be sent in about KL(sender || receiver) nats. Training minimises the cost of all messages. To sample,
-there is no Alice: Bob makes up her messages from his own predictions.
+a message can be sent in about KL(sender || receiver) nats. Training makes messages cheap. To sample, there is no Alice:
+Bob makes up her messages from his own predictions.
 
 Sections, equations and algorithms are those of Graves et al. 2023, Bayesian Flow Networks, arXiv 2308.07037.
 Time t, [B] or 0-d, goes from 0 (Bob knows nothing) to 1 (he knows the image almost exactly); label is int64 [B].
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import common
 
-T_MIN = 1e-5  # the earliest t: at 0, theta says nothing, and the noise in it is infinitely larger than the signal
+T_MIN = 1e-5  # the earliest t: at 0, theta is 0, and the ratio of its noise to its signal is infinite
 
 
 # -------------------------------------------------------------------------------------------------- the messages
@@ -53,10 +53,10 @@ def flow(data, x, t, eps):
 # --------------------------------------------------------------------------------------------- the types of data
 #   encode(images) -> x, decode(x) -> images      images are float [B, 1, 28, 28] in [-1, 1]; for s(x) and c see above
 #   beta(t), alpha(t)                             total accuracy at t, and d beta / dt: [B, 1, 1, 1]
-#   belief(theta, t)                              the mean of the input distribution, for pictures
+#   belief(theta, t)                              the mean of the input distribution
 #   output(net, theta, t, label)                  the parameters of the output distribution
 #   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) of each pixel at t = 1, in nats
-#   warp                                          times are t = u^warp, u even in [0, 1]
+#   warp                                          see `loss` and `sample`
 
 class Continuous:
     """Grey values as real numbers (§4): x is the image, the output is x_hat, both [B, 1, 28, 28]."""
@@ -65,7 +65,7 @@ class Continuous:
     unit = "bits/dim"
     c = 1
     sigma_1 = 0.001  # std of Bob's belief at t = 1
-    warp = 4  # not in the paper (there 1): a digit takes shape before t = 0.1. Fréchet distance 5, without 10
+    warp = 4  # a digit takes shape before t = 0.1
 
     encode = decode = s = staticmethod(lambda x: x)
 
@@ -80,18 +80,18 @@ class Continuous:
         return theta / (1 + self.beta(t))
 
     def output(self, net, theta, t, label):
-        """Not in the paper: the network does not see mu and predict eps (eq. 84); early, mu is just eps, scaled. As in
-        diffusion.py, it sees z and predicts v = (eps - sigma x) / sqrt(1 + sigma^2), from which x_hat follows:
+        """Not in the paper: from mu the network predicts eps (eq. 84), an error in which grows by sigma in x_hat, and
+        early sigma is large. Here it sees z, and predicts v, whose error shrinks (as in diffusion.py):
 
-        z = (x + sigma eps) / sqrt(1 + sigma^2) = mu sqrt(1 + sigma^2)      with sigma = 1 / sqrt(beta)
-        x_hat = (z - sigma v) / sqrt(1 + sigma^2)
+        z = (x + sigma eps) / sqrt(1 + sigma^2) = mu sqrt(1 + sigma^2)      where sigma = 1 / sqrt(beta)
+        v = (eps - sigma x) / sqrt(1 + sigma^2), so that x_hat = (z - sigma v) / sqrt(1 + sigma^2)
 
-        It makes digits clearer (97% of them, in the paper's way 95%) and buys 0.1 bits/dim."""
+        This buys 0.1 bits/dim and clearer digits."""
         sigma = self.beta(t) ** -0.5
         scale = (1 + sigma ** 2).sqrt()
         z = self.belief(theta, t) * scale
-        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std: of `Discretized` only
-        return torch.cat([(z - sigma * v) / scale, (sigma / scale).log() + ln_std], dim=1)
+        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std, of `Discretized` only, is relative to that
+        return torch.cat([(z - sigma * v) / scale, (sigma / scale).log() + ln_std], dim=1)  # of Bob's belief
 
     def mean(self, output):
         return output.clamp(-1, 1)
@@ -107,7 +107,7 @@ class Discretized(Continuous):
     """Grey values as 256 numbers (§5): the output distribution is a Gaussian, discretized into bins; the output is its
     mean and ln std, [B, 2, 28, 28]. (Grey value k lies at 2 k / 255 - 1; the paper has 256 equal bins in [-1, 1].)"""
 
-    out_channels = 2  # v, and ln of the std relative to that of Bob's belief
+    out_channels = 2
 
     def mean(self, output):
         return common.discretized_normal_mean(output[:, :1], output[:, 1:].exp())
@@ -155,8 +155,8 @@ class Discrete:
         return theta.softmax(1)
 
     def output(self, net, theta, t, label):
-        """Not in the paper: theta, what a pixel's own messages say of it, is added to the network's output. The network
-        is given sigma: theta / beta = s(x) + sigma eps."""
+        """Not in the paper: theta, what a pixel's own messages say of it, is added to the network's output; and the
+        network is given sigma, the noise in theta / beta = s(x) + sigma eps, not t."""
         sigma = (self.K / self.beta(t)).sqrt()
         return theta + net(2 * theta.softmax(1) - 1, sigma, label)
 
@@ -190,17 +190,19 @@ def loss_at(data, net, x, t, label):
 
 
 def loss(data, net, x, label):
-    """Algorithms 2, 5, 8: L_inf per pixel, a scalar. (L_r, see `bound`, is small.) With warp > 1, early times are more
-    frequent and so count more."""
-    t = torch.rand(len(x), device=x.device) ** data.warp
-    return loss_at(data, net, x, t.clamp(min=T_MIN), label).mean() / 784
+    """Algorithms 2, 5, 8: L_inf per pixel, a scalar. (L_r, see `bound`, is small, and left out.)
+
+    Not in the paper: times are u^warp, u uniform. Early ones are more frequent, and count more than in L_inf. This
+    halves the Fréchet distance."""
+    t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device) ** data.warp
+    return loss_at(data, net, x, t, label).mean() / 784
 
 
 # ---------------------------------------------------------------------------------------------------- the sampler
 
 def guided_output(data, net, theta, t, label, guidance):
-    """Not in the paper: classifier-free guidance exaggerates the effect of the label by `guidance`, 1 for none (Ho &
-    Salimans 2022, arXiv 2207.12598, where it is 1 + w). 97% of digits are clear, without it 96%."""
+    """Not in the paper: if guidance is not 1, it exaggerates the effect of the label, compared to the null label
+    (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598): digits become clearer and less varied."""
     output = data.output(net, theta, t, label)
     if guidance != 1:
         output_null = data.output(net, theta, t, torch.full_like(label, common.NULL_LABEL))
@@ -210,17 +212,17 @@ def guided_output(data, net, theta, t, label, guidance):
 
 @torch.no_grad()
 def sample(data, net, label, steps, sampler, guidance):
-    """Draws an image for each label [N]. Yields (belief, x_hat), each [N, 1, 28, 28], before each step, and last
+    """Draws an image for each label [N]: yields (belief, x_hat), each [N, 1, 28, 28], before each step, and last
     (belief, a draw from the output distribution).
 
-    "paper" (with guidance = 1) is algorithms 3, 6, 9: even times, and messages about a draw from the output
-    distribution. Not in the paper (Xue et al. 2024, arXiv 2404.15766, §4, §5): in "mean", messages are about x_hat, the
-    average of many draws, which needs fewer steps; "ode" adds no new noise: it solves theta = flow(x_hat, t, eps) for
-    eps, and moves on to flow(x_hat, t', eps)."""
+    "paper", with guidance = 1, is algorithms 3, 6, 9: even times, and messages about draws from the output distribution
+    (for continuous data, x_hat). Not in the paper (Xue et al. 2024, arXiv 2404.15766, §4, §5): in "mean", messages are
+    about x_hat, the average draw, which needs fewer steps; "ode" adds no new noise: it solves theta = flow(x_hat, t,
+    eps) for eps, and goes on to flow(x_hat, t_next, eps). Both use times u^warp."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else u ** data.warp)
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)
-    theta = (data.c * data.beta(times[0])).sqrt() * eps
+    theta = (data.c * data.beta(times[0])).sqrt() * eps  # at T_MIN the signal is negligible
     for t, t_next in zip(times[:-1], times[1:]):
         output = guided_output(data, net, theta, t, label, guidance)
         x_hat = data.mean(output)
@@ -243,9 +245,9 @@ def bound(data, net, images, label):
     """An upper bound on -ln p(x | label) in nats, as unbiased estimates of its terms, each [B]: L_inf, the cost of the
     messages, and L_r, that of the image given Bob's last prediction ("reconstruction")."""
     x = data.encode(images)
-    t = (torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)) % 1  # uniform, evenly spread
-    messages = loss_at(data, net, x, t.clamp(min=T_MIN), label)
-    t = torch.ones_like(t)
+    u = (torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)) % 1  # uniform, evenly spread
+    messages = loss_at(data, net, x, T_MIN + (1 - T_MIN) * u, label)
+    t = torch.ones_like(u)
     output = data.output(net, flow(data, x, t, torch.randn_like(x)), t, label)
     return {"messages": messages, "reconstruction": data.nll(output, x).flatten(1).sum(1)}
 
@@ -269,7 +271,7 @@ def main(argv=None):
     while len(run.history) < args.epochs:  # an interrupted run goes on from its last finished epoch
         losses = []
         for images, label in run.batches():
-            # Not in the paper: labels (Fréchet distance 5, without 26); a tenth becomes the null label, for guidance
+            # Not in the paper: labels (without them digits are far worse). A tenth becomes the null label, for guidance
             label = label.masked_fill(torch.rand(label.shape, device=label.device) < 0.1, common.NULL_LABEL)
             batch_loss = loss(data, net, data.encode(images), label)
             optimizer.zero_grad()
