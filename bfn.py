@@ -261,16 +261,16 @@ def main(argv=None):
     net = common.UNet(data.channels, data.out_channels, data.fourier).to(args.device)
     ema = common.ema(net)  # averaged weights, for sampling and evaluation
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    run = common.Run(args, name="bfn-" + args.data_type, title=f"BFN ({args.data_type})", unit=data.unit,
-                     state_name="belief", net=net, ema=ema, optimizer=optimizer,
-                     sample=functools.partial(sample, data), bound=functools.partial(bound, data),
-                     real=lambda images: data.decode(data.encode(images)))
+    draw = functools.partial(sample, data, ema, sampler=args.sampler, guidance=args.guidance)
     if args.sample:
-        return run.save_samples()
+        return common.save_samples("bfn-" + args.data_type, ema, draw, args)
 
+    dataset, train, test = common.load_data(args.dataset, args.data_dir, args.seed, args.limit)
+    run = common.Run(args, name="bfn-" + args.data_type, title=f"BFN ({args.data_type})", unit=data.unit,
+                     state_name="belief", dataset=dataset, net=net, ema=ema, optimizer=optimizer)
     while len(run.history) < args.epochs:  # an interrupted run goes on from its last finished epoch
         losses = []
-        for images, label in run.batches():
+        for images, label in run.batches(*train):
             # Not in the paper: labels (without them digits are far worse). A tenth becomes the null label, for guidance
             label = label.masked_fill(torch.rand(label.shape, device=label.device) < 0.1, common.NULL_LABEL)
             batch_loss = loss(data, net, data.encode(images), label)
@@ -279,8 +279,15 @@ def main(argv=None):
             optimizer.step()
             ema.update_parameters(net)
             losses.append(batch_loss.item())
-        run.end_epoch(losses)
-    run.finish()
+        run.end_epoch(losses, terms=common.estimate(functools.partial(bound, data, ema), test, run),
+                      preview=common.draw(draw, common.NINE, args))
+        common.save_preview(run)
+
+    final = common.evaluate(run, functools.partial(bound, data, ema), draw, train, test,
+                            real=lambda images: data.decode(data.encode(images)))
+    run.finish(final, trace=common.draw_process(draw, args))
+    common.save_figures(run.folder)
+    common.compare(args.out_dir, run.settings["model"])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ q(x_{t-1} | x_t, x_0), a Gaussian (eq. 6, 7), with the prediction x_0_hat in pla
 Equations and algorithms are those of Ho et al. 2020, Denoising diffusion probabilistic models, arXiv 2006.11239.
 x_0 is float [B, 1, 28, 28] in [-1, 1], with 256 grey values; t is [B] or 0-d; label is int64 [B].
 """
+import functools
 import math
 
 import torch
@@ -151,14 +152,16 @@ def main(argv=None):
     net = common.UNet(in_channels=1, out_channels=1, fourier=True).to(args.device)
     ema = common.ema(net)  # averaged weights, for sampling and evaluation
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    run = common.Run(args, name="diffusion", title="DDPM", unit="bits/dim", state_name="x_t",
-                     net=net, ema=ema, optimizer=optimizer, sample=sample, bound=bound)
+    draw = functools.partial(sample, ema, sampler=args.sampler, guidance=args.guidance)
     if args.sample:
-        return run.save_samples()
+        return common.save_samples("diffusion", ema, draw, args)
 
+    dataset, train, test = common.load_data(args.dataset, args.data_dir, args.seed, args.limit)
+    run = common.Run(args, name="diffusion", title="DDPM", unit="bits/dim", state_name="x_t", dataset=dataset,
+                     net=net, ema=ema, optimizer=optimizer)
     while len(run.history) < args.epochs:  # an interrupted run goes on from its last finished epoch
         losses = []
-        for x_0, label in run.batches():
+        for x_0, label in run.batches(*train):
             # Not in the paper: labels (without them digits are far worse). A tenth becomes the null label, for guidance
             label = label.masked_fill(torch.rand(label.shape, device=label.device) < 0.1, common.NULL_LABEL)
             batch_loss = loss(net, x_0, label)
@@ -167,8 +170,14 @@ def main(argv=None):
             optimizer.step()
             ema.update_parameters(net)
             losses.append(batch_loss.item())
-        run.end_epoch(losses)
-    run.finish()
+        run.end_epoch(losses, terms=common.estimate(functools.partial(bound, ema), test, run),
+                      preview=common.draw(draw, common.NINE, args))
+        common.save_preview(run)
+
+    final = common.evaluate(run, functools.partial(bound, ema), draw, train, test)
+    run.finish(final, trace=common.draw_process(draw, args))
+    common.save_figures(run.folder)
+    common.compare(args.out_dir, "diffusion")
 
 
 if __name__ == "__main__":
