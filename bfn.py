@@ -4,15 +4,13 @@
 # ///
 """A Bayesian Flow Network (BFN) of MNIST digits: training, sampling and likelihood, for three types of data.
 
-    python bfn.py                             (`python bfn.py --help` lists the flags)
-    python bfn.py --data-type discrete        (or discretized; continuous is the default)
+    python bfn.py --data-type continuous      (or discretized or discrete; `python bfn.py --help` lists the flags)
 
 Alice sends Bob an image x in noisy messages y, drawn from the sender distribution. Bob's belief about each pixel on its
 own, the input distribution, has parameters theta; each message updates them by Bayes' rule. A network looks at theta of
-all pixels and predicts each pixel: the output distribution, of mean x_hat. The message that Bob expects follows the
-receiver distribution: the sender distribution, averaged over the output distribution. If the two share random numbers,
-a message can be sent in about KL(sender || receiver) nats. Training makes messages cheap. To sample, there is no Alice:
-Bob makes up her messages from his own predictions.
+all pixels and predicts each pixel: the output distribution, of mean x_hat. Bob expects messages from the receiver
+distribution: the sender distribution, averaged over the output distribution. A message costs KL(sender || receiver)
+nats, and training makes messages cheap. To sample, there is no Alice: Bob makes up her messages from his predictions.
 
 Sections, equations and algorithms are those of Graves et al. 2023, Bayesian Flow Networks, arXiv 2308.07037.
 Time t, [B] or 0-d, goes from 0 (Bob knows nothing) to 1 (he knows the image almost exactly); label is int64 [B].
@@ -21,7 +19,6 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
 
 import common
 
@@ -44,9 +41,8 @@ def sender(data, x, alpha, eps):
 
 
 def flow(data, x, t, eps):
-    """A draw of theta at time t from the Bayesian flow distribution: all messages up to t act as one, of accuracy
-    beta(t). (Classes: eq. 185. Grey values: eq. 77, mu ~ N(gamma x, gamma (1 - gamma) I), gamma = beta / (1 + beta).)
-    """
+    """A draw of theta at t from the Bayesian flow distribution: all messages up to t act as one, of accuracy beta(t).
+    (Classes: eq. 185. Grey values: eq. 77, mu ~ N(gamma x, gamma (1 - gamma) I) with gamma = beta / (1 + beta).)"""
     return sender(data, x, data.beta(t), eps)
 
 
@@ -55,22 +51,20 @@ def flow(data, x, t, eps):
 #   beta(t), alpha(t)                             total accuracy at t, and d beta / dt: [B, 1, 1, 1]
 #   belief(theta, t)                              the mean of the input distribution
 #   output(net, theta, t, label)                  the parameters of the output distribution
-#   mean(output), draw(output), nll(output, x)    its mean; a draw from it; -ln p(x) of each pixel at t = 1, in nats
-#   warp                                          see `loss` and `sample`
+#   mean(output), draw(output), nll(output, x)    its mean x_hat; a draw from it; -ln p(x) of each pixel, in nats
 
 class Continuous:
-    """Grey values as real numbers (§4): x is the image, the output is x_hat, both [B, 1, 28, 28]."""
+    """Grey values as real numbers (§4): x is the image; the output is x_hat, not yet clipped, [B, 1, 28, 28]."""
 
-    channels, out_channels, fourier = 1, 1, True  # of x; of the network
     unit = "bits/dim"
-    c = 1
+    c = channels = out_channels = 1  # channels are those of x, out_channels those of the network
     sigma_1 = 0.001  # std of Bob's belief at t = 1
     warp = 4  # a digit takes shape before t = 0.1
 
     encode = decode = s = staticmethod(lambda x: x)
 
     def beta(self, t):
-        """beta = sigma_1^(-2t) - 1, so that the std of Bob's belief is sigma_1^t (eq. 72)"""
+        """beta = sigma_1^(-2t) - 1: the std of Bob's belief, (1 + beta)^(-1/2), is sigma_1^t (eq. 72)."""
         return torch.expm1(-2 * math.log(self.sigma_1) * t.view(-1, 1, 1, 1))
 
     def alpha(self, t):
@@ -80,18 +74,16 @@ class Continuous:
         return theta / (1 + self.beta(t))
 
     def output(self, net, theta, t, label):
-        """Not in the paper: from mu the network predicts eps (eq. 84), an error in which grows by sigma in x_hat, and
-        early sigma is large. Here it sees z, and predicts v, whose error shrinks (as in diffusion.py):
+        """Not in the paper: from mu, the network predicts eps (eq. 84). An error in eps is multiplied by sigma in x_hat,
+        and early sigma is large; an error in v never grows. Here, as in diffusion.py, it sees z and predicts v:
 
         z = (x + sigma eps) / sqrt(1 + sigma^2) = mu sqrt(1 + sigma^2)      where sigma = 1 / sqrt(beta)
-        v = (eps - sigma x) / sqrt(1 + sigma^2), so that x_hat = (z - sigma v) / sqrt(1 + sigma^2)
-
-        This buys 0.1 bits/dim and clearer digits."""
+        v = (eps - sigma x) / sqrt(1 + sigma^2), so that x_hat = (z - sigma v) / sqrt(1 + sigma^2)"""
         sigma = self.beta(t) ** -0.5
         scale = (1 + sigma ** 2).sqrt()
         z = self.belief(theta, t) * scale
-        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std, of `Discretized` only, is relative to that
-        return torch.cat([(z - sigma * v) / scale, (sigma / scale).log() + ln_std], dim=1)  # of Bob's belief
+        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std, of Discretized only, is relative to Bob's
+        return torch.cat([(z - sigma * v) / scale, (sigma / scale).log() + ln_std], dim=1)
 
     def mean(self, output):
         return output.clamp(-1, 1)
@@ -99,13 +91,12 @@ class Continuous:
     draw = mean
 
     def nll(self, output, x):
-        """Of a Gaussian of std sigma_1 around x_hat, discretized into the 256 grey values (§7.2)."""
-        return common.discretized_normal_nll(x, self.mean(output), self.sigma_1)
+        return common.discretized_normal_nll(x, self.mean(output), self.sigma_1)  # at t = 1 (§7.2)
 
 
 class Discretized(Continuous):
-    """Grey values as 256 numbers (§5): the output distribution is a Gaussian, discretized into bins; the output is its
-    mean and ln std, [B, 2, 28, 28]. (Grey value k lies at 2 k / 255 - 1; the paper has 256 equal bins in [-1, 1].)"""
+    """Grey values as 256 numbers (§5), k at 2 k / 255 - 1 (the paper has 256 equal bins in [-1, 1]). The output, mean and
+    ln std, [B, 2, 28, 28], is of a Gaussian that is discretized."""
 
     out_channels = 2
 
@@ -121,51 +112,42 @@ class Discretized(Continuous):
 
 
 class Discrete:
-    """Pixels as one of K classes (§6): x is one-hot, the output is logits, both [B, K, 28, 28]."""
+    """Pixels as one of K classes (§6), black and white: x is one-hot, the output is logits, both [B, K, 28, 28]."""
 
-    fourier = False
     unit = "nats/image"
+    K = c = channels = out_channels = 2
     beta_1 = 9  # beta(1), as in the paper's released configuration
     warp = 1.5
 
-    def __init__(self, K=2):
-        self.K = self.c = self.channels = self.out_channels = K
-
     def encode(self, images):
-        """A grey value between two classes becomes one of them at random, the more probably the nearer it is. For
-        K = 2 this is dynamic binarisation: white with probability (grey value + 1) / 2."""
-        value = (images + 1) / 2 * (self.K - 1)
-        classes = (value + torch.rand_like(value)).floor().clamp(0, self.K - 1).long()
-        return F.one_hot(classes[:, 0], self.K).movedim(-1, 1).float()
+        white = torch.rand_like(images) < (images + 1) / 2  # dynamic binarisation
+        return torch.cat([~white, white], dim=1).float()
 
     def decode(self, x):
-        values = torch.linspace(-1, 1, self.K, device=x.device).view(1, -1, 1, 1)
-        return (x * values).sum(1, keepdim=True)
+        return 2 * x[:, 1:] - 1
 
     def s(self, x):
         return self.K * x - 1
 
     def beta(self, t):
-        return self.beta_1 * t.view(-1, 1, 1, 1) ** 2  # eq. 183
+        return self.beta_1 * t.view(-1, 1, 1, 1) ** 2  # eq. 182
 
     def alpha(self, t):
-        return 2 * self.beta_1 * t.view(-1, 1, 1, 1)  # eq. 182
+        return 2 * self.beta_1 * t.view(-1, 1, 1, 1)  # eq. 183
 
     def belief(self, theta, t):
         return theta.softmax(1)
 
     def output(self, net, theta, t, label):
-        """Not in the paper: theta, what a pixel's own messages say of it, is added to the network's output; and the
-        network is given sigma, the noise in theta / beta = s(x) + sigma eps, not t."""
-        sigma = (self.K / self.beta(t)).sqrt()
-        return theta + net(2 * theta.softmax(1) - 1, sigma, label)
+        """Not in the paper: theta, what a pixel's own messages tell of it, is added to the network's output; and the
+        network is given the noise level sigma of theta / beta = s(x) + sigma eps, not t."""
+        return theta + net(2 * theta.softmax(1) - 1, (self.K / self.beta(t)).sqrt(), label)
 
     def mean(self, output):
         return output.softmax(1)
 
     def draw(self, output):
-        classes = torch.distributions.Categorical(logits=output.movedim(1, -1)).sample()
-        return F.one_hot(classes, self.K).movedim(-1, 1).float()
+        return torch.distributions.OneHotCategorical(logits=output.movedim(1, -1)).sample().movedim(-1, 1)
 
     def nll(self, output, x):
         return -(x * output.log_softmax(1)).sum(1)
@@ -190,10 +172,9 @@ def loss_at(data, net, x, t, label):
 
 
 def loss(data, net, x, label):
-    """Algorithms 2, 5, 8: L_inf per pixel, a scalar. (L_r, see `bound`, is small, and left out.)
+    """Algorithms 2, 5, 8, if warp = 1: L_inf per pixel, a scalar. (L_r, see `bound`, is small, and left out.)
 
-    Not in the paper: times are u^warp, u uniform. Early ones are more frequent, and count more than in L_inf. This
-    halves the Fréchet distance."""
+    Not in the paper: t is u^warp, u uniform. Early times are more frequent, and count more: digits are much better."""
     t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device) ** data.warp
     return loss_at(data, net, x, t, label).mean() / 784
 
@@ -213,12 +194,12 @@ def guided_output(data, net, theta, t, label, guidance):
 @torch.no_grad()
 def sample(data, net, label, steps, sampler, guidance):
     """Draws an image for each label [N]: yields (belief, x_hat), each [N, 1, 28, 28], before each step, and last
-    (belief, a draw from the output distribution).
+    (belief, a draw from the output distribution). "paper", with guidance = 1, is algorithms 3, 6, 9: even times, and
+    messages about draws from the output distribution (for continuous data, x_hat).
 
-    "paper", with guidance = 1, is algorithms 3, 6, 9: even times, and messages about draws from the output distribution
-    (for continuous data, x_hat). Not in the paper (Xue et al. 2024, arXiv 2404.15766, §4, §5): in "mean", messages are
-    about x_hat, the average draw, which needs fewer steps; "ode" adds no new noise: it solves theta = flow(x_hat, t,
-    eps) for eps, and goes on to flow(x_hat, t_next, eps). Both use times u^warp."""
+    Not in the paper (Xue et al. 2024, arXiv 2404.15766), with times u^warp: in "mean", messages are about x_hat, the
+    average draw, which needs fewer steps; "ode" adds no new noise: it solves theta = flow(x_hat, t, eps) for eps, and
+    goes on to flow(x_hat, t_next, eps)."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else u ** data.warp)
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)
@@ -258,16 +239,17 @@ def main(argv=None):
     args = common.parse_args(__doc__, argv, samplers=["mean", "paper", "ode"], data_types=list(TYPES))
     torch.manual_seed(args.seed)
     data = TYPES[args.data_type]()
-    net = common.UNet(data.channels, data.out_channels, data.fourier).to(args.device)
+    net = common.UNet(data.channels, data.out_channels).to(args.device)
     ema = common.ema(net)  # averaged weights, for sampling and evaluation
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     draw = functools.partial(sample, data, ema, sampler=args.sampler, guidance=args.guidance)
+    name = "bfn-" + args.data_type
     if args.sample:
-        return common.save_samples("bfn-" + args.data_type, ema, draw, args)
+        return common.save_samples(name, ema, draw, args)
 
     dataset, train, test = common.load_data(args.dataset, args.data_dir, args.seed, args.limit)
-    run = common.Run(args, name="bfn-" + args.data_type, title=f"BFN ({args.data_type})", unit=data.unit,
-                     state_name="belief", dataset=dataset, net=net, ema=ema, optimizer=optimizer)
+    run = common.Run(args, name=name, title=f"BFN ({args.data_type})", unit=data.unit, state_name="belief",
+                     dataset=dataset, net=net, ema=ema, optimizer=optimizer)
     while len(run.history) < args.epochs:  # an interrupted run goes on from its last finished epoch
         losses = []
         for images, label in run.batches(*train):
@@ -287,7 +269,7 @@ def main(argv=None):
                             real=lambda images: data.decode(data.encode(images)))
     run.finish(final, trace=common.draw_process(draw, args))
     common.save_figures(run.folder)
-    common.compare(args.out_dir, run.settings["model"])
+    common.compare(args.out_dir, name)
 
 
 if __name__ == "__main__":

@@ -93,15 +93,15 @@ class ShuffleUnit(nn.Module):
 class UNet(nn.Module):
     """The shuffled U-Net, net(z, sigma, label): noisy image, noise level and label to image. The units work at 7x7,
     where a pixel sees the whole image after few layers. All convolutions are dense and on CPUs in channels_last memory,
-    the fastest way there. With fourier, it also sees the `fourier_features` of z, which then has one channel."""
+    the fastest way there. If z has one channel, of grey values, the network also sees its `fourier_features`."""
 
-    def __init__(self, in_channels, out_channels, fourier, width=64, units=2, condition_channels=128):
+    def __init__(self, in_channels, out_channels, width=64, units=2, condition_channels=128):
         super().__init__()
-        self.fourier = fourier
+        self.fourier = in_channels == 1
         self.register_buffer("frequencies", torch.logspace(0.5, 3, 32), persistent=False)
         self.noise = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, condition_channels))
         self.label = nn.Embedding(11, condition_channels)                              # ten classes and NULL_LABEL
-        self.stem = nn.Conv2d(in_channels + 16 * fourier, width, 4, stride=2, padding=1)  # 28x28 -> 14x14
+        self.stem = nn.Conv2d(in_channels + 16 * self.fourier, width, 4, stride=2, padding=1)  # 28x28 -> 14x14
         self.shrink = nn.Conv2d(width, 2 * width, 2, stride=2)                         # 14x14 -> 7x7
         self.units = nn.ModuleList(ShuffleUnit(2 * width, condition_channels) for _ in range(units))
         self.grow = nn.ConvTranspose2d(2 * width, width, 2, stride=2)                  # 7x7 -> 14x14
@@ -321,7 +321,7 @@ class Run:
         self.settings = {"model": name, "dataset": dataset, **{key: getattr(args, key) for key in SETTINGS}}
         self.metrics = {"settings": self.settings, "title": title, "unit": unit, "state_name": state_name,
                         "parameters": sum(p.numel() for p in net.parameters()), "device": args.device,
-                        "threads": torch.get_num_threads(), "torch": torch.__version__, "history": [], "final": {}}  # final: of a finished run
+                        "threads": torch.get_num_threads(), "torch": torch.__version__, "history": [], "final": {}}
         self.history, self.previews = self.metrics["history"], {}
         checkpoint = self.folder / "checkpoint.pt"
         try:

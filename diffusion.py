@@ -149,7 +149,7 @@ def bound(net, x_0, label):
 def main(argv=None):
     args = common.parse_args(__doc__, argv, samplers=["ancestral", "ddim"])
     torch.manual_seed(args.seed)
-    net = common.UNet(in_channels=1, out_channels=1, fourier=True).to(args.device)
+    net = common.UNet(in_channels=1, out_channels=1).to(args.device)
     ema = common.ema(net)  # averaged weights, for sampling and evaluation
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     draw = functools.partial(sample, ema, sampler=args.sampler, guidance=args.guidance)

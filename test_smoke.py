@@ -173,7 +173,8 @@ def test_adding_a_message_is_bayes_rule(alpha):
     s = (rho + alpha).log() / (-2 * math.log(data.sigma_1))  # where 1 + beta(s) = rho + alpha
     assert torch.allclose(data.belief(theta + y, s), mu, rtol=1e-4)
     for K in (2, 5):
-        data, theta = bfn.Discrete(K), torch.randn(1, K, 1, 1)
+        data, theta = bfn.Discrete(), torch.randn(1, K, 1, 1)
+        data.K = data.c = K
         y = bfn.sender(data, F.one_hot(torch.tensor([[[1]]]), K).movedim(-1, 1).float(), alpha, torch.randn(1, K, 1, 1))
         means = alpha * (K * torch.eye(K) - 1)
         log_p = -(y.flatten() - means).square().sum(1) / (2 * alpha * K) + theta.flatten().log_softmax(0)
@@ -256,7 +257,7 @@ def test_alpha_is_the_slope_of_beta(kind):
 @pytest.mark.parametrize("kind", bfn.TYPES)
 def test_nothing_breaks_at_the_ends_of_time(kind):
     data = bfn.TYPES[kind]()
-    net = common.UNet(data.channels, data.out_channels, data.fourier)
+    net = common.UNet(data.channels, data.out_channels)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
     x, label = data.encode(torch.rand(4, 1, 28, 28) * 2 - 1), torch.tensor([0, 5, 9, common.NULL_LABEL])
@@ -267,7 +268,7 @@ def test_nothing_breaks_at_the_ends_of_time(kind):
 
 
 def test_nothing_breaks_where_sigma_is_infinite():
-    net = common.UNet(1, 1, fourier=True)
+    net = common.UNet(1, 1)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
     x, t, label = torch.randn(2, 1, 28, 28), torch.tensor([1, diffusion.T]), torch.tensor([3, common.NULL_LABEL])
@@ -462,7 +463,7 @@ def test_apple_gpus_can_do_all_that_is_used(kind, monkeypatch):
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # it looks at values: meta has none
     module, data = (bfn, [bfn.TYPES[kind]()]) if kind in bfn.TYPES else (diffusion, [])
     images, label = torch.zeros(4, 1, 28, 28, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
-    net = common.UNet(data[0].channels, data[0].out_channels, data[0].fourier) if data else common.UNet(1, 1, True)
+    net = common.UNet(data[0].channels, data[0].out_channels) if data else common.UNet(1, 1)
     net = net.to("meta")
     ema, optimizer = common.ema(net), torch.optim.Adam(net.parameters(), lr=0.01)
     with AppleGPU():
