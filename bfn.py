@@ -7,7 +7,7 @@
     python bfn.py --data-type continuous      (or discretized or discrete; `python bfn.py --help` lists the flags)
 
 Alice sends Bob an image x in noisy messages y, drawn from the sender distribution. Bob's belief about each pixel on its
-own, the input distribution, has parameters theta; each message updates them by Bayes' rule. A network looks at theta of
+own, the input distribution, is updated by Bayes' rule; theta, the sum of all messages, tells it. A network sees theta of
 all pixels and predicts each pixel: the output distribution, of mean x_hat. Bob expects messages from the receiver
 distribution: the sender distribution, averaged over the output distribution. A message costs KL(sender || receiver)
 nats, and training makes messages cheap. To sample, there is no Alice: Bob makes up her messages from his predictions.
@@ -74,16 +74,16 @@ class Continuous:
         return theta / (1 + self.beta(t))
 
     def output(self, net, theta, t, label):
-        """Not in the paper: from mu, the network predicts eps (eq. 84). An error in eps is multiplied by sigma in x_hat,
-        and early sigma is large; an error in v never grows. Here, as in diffusion.py, it sees z and predicts v:
+        """In the paper, the network sees mu and predicts eps (eq. 84), whose error is multiplied by sigma in x_hat.
+        Not so here: as in diffusion.py, it sees z and predicts v, whose error is multiplied by less than 1:
 
         z = (x + sigma eps) / sqrt(1 + sigma^2) = mu sqrt(1 + sigma^2)      where sigma = 1 / sqrt(beta)
         v = (eps - sigma x) / sqrt(1 + sigma^2), so that x_hat = (z - sigma v) / sqrt(1 + sigma^2)"""
         sigma = self.beta(t) ** -0.5
         scale = (1 + sigma ** 2).sqrt()
         z = self.belief(theta, t) * scale
-        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std, of Discretized only, is relative to Bob's
-        return torch.cat([(z - sigma * v) / scale, (sigma / scale).log() + ln_std], dim=1)
+        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std: for Discretized only
+        return torch.cat([(z - sigma * v) / scale, (sigma / scale).log() + ln_std], dim=1)  # relative to Bob's std
 
     def mean(self, output):
         return output.clamp(-1, 1)
@@ -116,8 +116,7 @@ class Discrete:
 
     unit = "nats/image"
     K = c = channels = out_channels = 2
-    beta_1 = 9  # beta(1), as in the paper's released configuration
-    warp = 1.5
+    beta_1, warp = 9, 1.5  # beta(1) is that of the paper's released configuration
 
     def encode(self, images):
         white = torch.rand_like(images) < (images + 1) / 2  # dynamic binarisation
@@ -174,7 +173,7 @@ def loss_at(data, net, x, t, label):
 def loss(data, net, x, label):
     """Algorithms 2, 5, 8, if warp = 1: L_inf per pixel, a scalar. (L_r, see `bound`, is small, and left out.)
 
-    Not in the paper: t is u^warp, u uniform. Early times are more frequent, and count more: digits are much better."""
+    Not in the paper: t = u^warp, u uniform, and not reweighted. So the loss favours early times; digits are better."""
     t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device) ** data.warp
     return loss_at(data, net, x, t, label).mean() / 784
 
@@ -197,9 +196,9 @@ def sample(data, net, label, steps, sampler, guidance):
     (belief, a draw from the output distribution). "paper", with guidance = 1, is algorithms 3, 6, 9: even times, and
     messages about draws from the output distribution (for continuous data, x_hat).
 
-    Not in the paper (Xue et al. 2024, arXiv 2404.15766), with times u^warp: in "mean", messages are about x_hat, the
-    average draw, which needs fewer steps; "ode" adds no new noise: it solves theta = flow(x_hat, t, eps) for eps, and
-    goes on to flow(x_hat, t_next, eps)."""
+    Not in the paper, with times u^warp: in "mean", messages are about x_hat, the average draw, which needs fewer steps;
+    "ode" adds no new noise: from theta = flow(x_hat, t, eps), solved for eps, it goes on to flow(x_hat, t_next, eps)
+    (both after Xue et al. 2024, arXiv 2404.15766)."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else u ** data.warp)
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)
@@ -223,8 +222,8 @@ def sample(data, net, label, steps, sampler, guidance):
 
 @torch.no_grad()
 def bound(data, net, images, label):
-    """An upper bound on -ln p(x | label) in nats, as unbiased estimates of its terms, each [B]: L_inf, the cost of the
-    messages, and L_r, that of the image given Bob's last prediction ("reconstruction")."""
+    """Estimates of the terms, each [B], of an upper bound on -ln p(x | label) in nats: L_inf (from T_MIN on), the cost of
+    the messages, and L_r ("reconstruction"), that of the image given Bob's last prediction."""
     x = data.encode(images)
     u = (torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)) % 1  # uniform, evenly spread
     messages = loss_at(data, net, x, T_MIN + (1 - T_MIN) * u, label)

@@ -287,10 +287,14 @@ def write(path, save):
 
 
 def load_checkpoint(path, settings, modules):
-    """Load what is in a checkpoint into modules, {name: one with load_state_dict}, and return the rest. It must have
-    the given settings, {name: value}."""
+    """Load a checkpoint into modules, {name: one with load_state_dict}, and return all that is in it, or None if there
+    is none. It must have the given settings, {name: value}."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # plain values, never code
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror})")
     except Exception as error:  # whatever torch raises of a file that is no checkpoint
         state = error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -323,12 +327,10 @@ class Run:
                         "parameters": sum(p.numel() for p in net.parameters()), "device": args.device,
                         "threads": torch.get_num_threads(), "torch": torch.__version__, "history": [], "final": {}}
         self.history, self.previews = self.metrics["history"], {}
-        checkpoint = self.folder / "checkpoint.pt"
+        if not args.fresh and (state := load_checkpoint(self.folder / "checkpoint.pt", self.settings, self.modules)):
+            self.history.extend(state["history"])
+            self.previews = state["previews"]
         try:
-            if checkpoint.exists() and not args.fresh:
-                state = load_checkpoint(checkpoint, self.settings, self.modules)
-                self.history.extend(state["history"])
-                self.previews = state["previews"]
             (self.folder / "epochs").mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()  # can it be written to?
             for name in [] if self.history else ["checkpoint.pt", "metrics.json", "trace.pt", "epochs/*.png"]:
@@ -621,6 +623,11 @@ def save_figures(folder):
 
 MODELS = ["diffusion", "bfn-continuous", "bfn-discretized", "bfn-discrete"]
 COMPARED = ["dataset", *SETTINGS, "epochs", "steps", "guidance", "steps of the pictures"]  # equal in all
+ROWS = {"parameters": "{parameters:,}", "training, images/s (median epoch)": "{images_per_second:.0f}",
+        "test bound on code length (± standard error)": "{bound:.3f} ± {bound_se:.3f} {unit}",
+        "sampler": "{sampler}", "Fréchet distance (real digits)": "{frechet:.2f} ({frechet_real:.2f})",
+        "right (real digits)": "{right:.1%} ({right_real:.1%})",
+        "clear (real digits)": "{clear:.1%} ({clear_real:.1%})"}
 
 
 def compare(out_dir, name):
@@ -644,74 +651,54 @@ def compare(out_dir, name):
     save_gif(folder / "process.gif", traces, subject)
     save_curves(folder / "curves.png", [run for run in runs if run["unit"] == "bits/dim"], subject, ["test"])
     equal = ", ".join(f"{key.replace('_', ' ')} {settings[name][key]}" for key in COMPARED)
-    text = f"{table(runs)}\n\nHeld equal: network, optimizer, {equal}.\n"
+    lines = ["| | " + " | ".join(run["title"] for run in runs) + " |", "| --- |" + " --- |" * len(runs)]
+    for row, cell in ROWS.items():
+        with contextlib.suppress(KeyError):  # a quick try measures less
+            lines.append(f"| {row} | " + " | ".join(cell.format(**run, **run["final"]) for run in runs) + " |")
+    text = "\n".join([*lines, "", f"Held equal: network, optimizer, {equal}.", ""])
     write(folder / "table.md", lambda path: path.write_text(text, "utf-8"))
     print(f"comparison of {', '.join(run['title'] for run in runs)} -> {folder}")
 
 
-ROWS = {"parameters": "{parameters:,}", "training, images/s (median epoch)": "{images_per_second:.0f}",
-        "test bound on code length (± standard error)": "{bound:.3f} ± {bound_se:.3f} {unit}",
-        "sampler": "{sampler}", "Fréchet distance (real digits)": "{frechet:.2f} ({frechet_real:.2f})",
-        "right (real digits)": "{right:.1%} ({right_real:.1%})",
-        "clear (real digits)": "{clear:.1%} ({clear_real:.1%})"}
-
-
-def table(runs):
-    """The comparison as a table in Markdown, of what stands in the runs' metrics.json."""
-    lines = ["| | " + " | ".join(run["title"] for run in runs) + " |", "| --- |" + " --- |" * len(runs)]
-    for name, cell in ROWS.items():
-        with contextlib.suppress(KeyError):  # a quick try measures less
-            lines.append(f"| {name} | " + " | ".join(cell.format(**run, **run["final"]) for run in runs) + " |")
-    return "\n".join(lines)
-
-
 # --------------------------------------------------------------------------------------------------------- command line
-
-def path(text):
-    return Path(os.path.expanduser(text))
-
-
-def within(kind, low, high=math.inf):
-    """A type of argparse: a number of this kind in [low, high)."""
-    def number(text):
-        if not low <= kind(text) < high:  # false for nan too
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g})")
-        return kind(text)
-    return number
-
 
 def parse_args(description, argv, samplers, data_types=()):
     """The command line's flags. The first of samplers and of data_types, lists of names, is the default."""
     devices = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     add = parser.add_argument
-    add("--epochs", type=within(int, 1), default=20,
-        help="train until this many epochs are done (default %(default)s)")
-    add("--batch-size", type=within(int, 1), default=64, metavar="B", help="images a step (default %(default)s)")
-    add("--lr", type=within(float, 1e-9, 1e9), default=2e-3, help="learning rate (default %(default)s)")
-    add("--seed", type=within(int, 0, 2**31), default=0, help="of everything random (default %(default)s)")
+    add("--epochs", type=int, default=20, help="train until this many epochs are done (default %(default)s)")
+    add("--batch-size", type=int, default=64, metavar="B", help="images a step (default %(default)s)")
+    add("--lr", type=float, default=2e-3, help="learning rate (default %(default)s)")
+    add("--seed", type=int, default=0, help="of everything random (default %(default)s)")
     add("--device", choices=["auto", *devices], default="auto", help="default: cuda if usable, else cpu")
-    add("--out-dir", type=path, default="out", metavar="DIR", help="where runs are kept (default %(default)s)")
-    add("--data-dir", type=path, default="data", metavar="DIR", help="where data sets lie (default %(default)s)")
+    add("--out-dir", type=Path, default="out", metavar="DIR", help="where runs are kept (default %(default)s)")
+    add("--data-dir", type=Path, default="data", metavar="DIR", help="where data sets lie (default %(default)s)")
     add("--dataset", choices=["auto", *DATASETS, "drawn"], default="auto", help="default: MNIST, or else drawn digits")
-    add("--limit", type=within(int, 1), metavar="N", help="use the first N training and test images (quick tries)")
-    add("--sample", type=within(int, 1), metavar="N", help="train nothing: draw N images with this run")
-    add("--steps", type=within(int, 1), metavar="S", help=f"sampling steps (default {STEPS}, in final pictures 1000)")
+    add("--limit", type=int, metavar="N", help="use the first N training and test images (quick tries)")
+    add("--sample", type=int, metavar="N", help="train nothing: draw N images with this run")
+    add("--steps", type=int, metavar="S", help=f"sampling steps (default {STEPS}, in final pictures 1000)")
     add("--sampler", choices=samplers, default=samplers[0], help="default: %(default)s")
     add("--label", type=int, choices=range(10), metavar="L", help="with --sample: draw this class only, 0 to 9")
-    add("--guidance", type=within(float, 0), metavar="W", help=f"of the sampler, 1 for none (default {GUIDANCE})")
+    add("--guidance", type=float, metavar="W", help=f"of the sampler, 1 for none (default {GUIDANCE})")
     add("--no-labels", action="store_true", help="the network is not given the label, as in the papers")
     add("--fresh", action="store_true", help="throw away the run that stands there and start over")
     if data_types:
         add("--data-type", choices=data_types, default=data_types[0], help="what a pixel is (default %(default)s)")
     args = parser.parse_args(argv)
     for wrong, message in [
+            (min(args.epochs, args.batch_size, *[n for n in (args.limit, args.sample, args.steps) if n is not None]) < 1,
+             "--epochs, --batch-size, --limit, --sample and --steps are at least 1"),
+            (not 0 < args.lr < math.inf, "--lr is above 0"),
+            (not 0 <= args.seed < 2 ** 31, "--seed is in [0, 2^31)"),
+            (not 0 <= (args.guidance or 0) < math.inf, "--guidance is at least 0"),
             (args.sample and args.fresh, "--sample draws with the network that --fresh throws away"),
             (args.label is not None and not args.sample, "--label goes with --sample"),
             (args.no_labels and (args.guidance, args.label) != (None, None), "--guidance and --label need labels"),
             (args.batch_size > min(args.limit or 60000, 60000), "--batch-size is more than there are training images")]:
         if wrong:
             parser.error(message)
+    args.out_dir, args.data_dir = args.out_dir.expanduser(), args.data_dir.expanduser()
     if args.guidance is None:
         args.guidance = 1 if args.no_labels else GUIDANCE
     if args.device == "auto":
@@ -724,13 +711,9 @@ def parse_args(description, argv, samplers, data_types=()):
 def save_samples(name, ema, sample, args):
     """--sample N: draw N images with the network in a run's folder, into samples.pt, and the first nine as drawn.png."""
     folder, N = args.out_dir / name, args.sample
-    try:
-        there = (folder / "checkpoint.pt").exists()
-    except OSError as error:
-        fail(f"{folder} cannot be read ({error.strerror})")
-    if not there:
-        fail(f"{folder} holds no trained network to sample from; train one first, without --sample")
     state = load_checkpoint(folder / "checkpoint.pt", {"model": name, "no_labels": args.no_labels}, {"ema": ema})
+    if not state:
+        fail(f"{folder} holds no trained network to sample from; train one first, without --sample")
     images = draw(sample, torch.arange(1, N + 1) % 10 if args.label is None else torch.full((N,), args.label), args)
     write(folder / "samples.pt", lambda temporary: torch.save(images, temporary))
     save_grids(folder / "drawn.png", {"": images[:9]}, f"{name} on {state['settings']['dataset']}")

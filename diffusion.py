@@ -11,8 +11,8 @@ The forward process q adds Gaussian noise to an image x_0 in T steps, until x_T 
     q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                                                (eq. 2)
     q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I),  alpha_bar_t = prod_{i<=t} (1 - beta_i)   (eq. 4)
 
-The reverse process p starts with noise. In each step a network predicts x_0 from x_t, and x_{t-1} is drawn from
-q(x_{t-1} | x_t, x_0), a Gaussian (eq. 6, 7), with the prediction x_0_hat in place of x_0.
+The reverse process p starts with noise. In each step, a network's output gives a prediction x_0_hat of x_0, and x_{t-1}
+is drawn from q(x_{t-1} | x_t, x_0), a Gaussian (eq. 6, 7), with x_0_hat in place of x_0.
 
 Equations and algorithms are those of Ho et al. 2020, Denoising diffusion probabilistic models, arXiv 2006.11239.
 x_0 is float [B, 1, 28, 28] in [-1, 1], with 256 grey values; t is [B] or 0-d; label is int64 [B].
@@ -32,8 +32,8 @@ T = 1000
 def signal_and_noise(t):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), the coefficients of x_0 and eps in x_t, to multiply images with.
 
-    Not in the paper: alpha_bar_t = cos^2(pi/2 t / T) (after Nichol & Dhariwal 2021, arXiv 2102.09672). The paper's
-    beta_t grows linearly, and middle steps are noisier. This buys 0.2 bits/dim.
+    Not in the paper: alpha_bar_t = cos^2(pi/2 t / T) (after Nichol & Dhariwal 2021, arXiv 2102.09672). Halfway it is
+    0.5, with the paper's linear beta_t 0.08, which is noisier. This buys 0.2 bits/dim.
     """
     angle = math.pi / 2 * t.view(-1, 1, 1, 1) / T
     return angle.cos().clamp(min=0), angle.sin()  # rounding makes cos(pi/2) negative
@@ -56,9 +56,9 @@ def q_sample(x_0, t, eps):
 def loss(net, x_0, label):
     """Algorithm 1 without the gradient step: the mean squared error at random t, a scalar.
 
-    Not in the paper: the network predicts v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022,
-    arXiv 2202.00512), not eps: at T, x_t is eps, and predicting it teaches nothing; v is -x_0 there. And the network is
-    given the ratio of noise to signal, sigma (at T infinity), instead of t.
+    Not in the paper: at T, x_t is eps itself, and predicting eps teaches nothing. So the network predicts
+    v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 instead (Salimans & Ho 2022, arXiv 2202.00512), which is -x_0
+    at T. It is given noise / signal (infinity at T) instead of t.
     """
     t = torch.randint(1, T + 1, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -89,8 +89,9 @@ def sample(net, label, steps, sampler, guidance):
     """Algorithm 2, if steps = T, sampler = "ancestral" and guidance = 1. Draws an image for each label [N]: yields
     (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last (x_0, x_0).
 
-    Not in the paper: steps may be skipped. A step goes from t to any s < t, and beta is that of all steps in between:
-    30 steps draw digits as good as 1000. "ddim" adds no new noise (Song et al. 2021, arXiv 2010.02502, eq. 12).
+    Not in the paper: a step may go from t to any s < t; eq. 7 holds for alpha_bar_s in place of alpha_bar_{t-1} and
+    1 - beta = alpha_bar_t / alpha_bar_s. 30 steps draw digits as good as 1000. The sampler "ddim" adds no new noise
+    (Song et al. 2021, arXiv 2010.02502, eq. 12). The last step, to s = 0, returns x_0_hat.
     """
     x_t = torch.randn(len(label), 1, 28, 28, device=label.device)
     times = torch.linspace(T, 0, steps + 1, device=label.device)
@@ -99,9 +100,9 @@ def sample(net, label, steps, sampler, guidance):
         yield x_t, x_0_hat
         (signal_t, noise_t), (signal_s, noise_s) = signal_and_noise(t), signal_and_noise(s)
         if sampler == "ancestral":
-            share = 1 - snr(t) / snr(s)  # beta / (1 - alpha_bar_t)
-            mu_tilde = signal_s * share * x_0_hat + signal_t / signal_s * (noise_s / noise_t) ** 2 * x_t        # eq. 7
-            beta_tilde = share * noise_s ** 2
+            ratio = snr(t) / snr(s)  # in eq. 7, beta / (1 - alpha_bar_t) is 1 - ratio
+            mu_tilde = signal_s * (1 - ratio) * x_0_hat + signal_t / signal_s * (noise_s / noise_t) ** 2 * x_t
+            beta_tilde = (1 - ratio) * noise_s ** 2
             x_t = mu_tilde + beta_tilde.sqrt() * torch.randn_like(x_t)
         else:
             eps_hat = (x_t - signal_t * x_0_hat) / noise_t
@@ -128,8 +129,8 @@ def bound(net, x_0, label):
     L = L_T + sum_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + E[-ln p(x_0 | x_1)]
 
     L_T is 0, because alpha_bar_T is. Of the sum ("diffusion") one term is drawn for each image and divided by its
-    probability: proportional to 1 / t, roughly as the terms are, so that the estimate varies little. In the last term
-    ("decoder") p is N(x_0_hat, beta_1), discretized into the 256 grey values (eq. 13).
+    probability. This is proportional to 1 / t, because the terms fall roughly so: the estimate varies little. In the
+    last term ("decoder") p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13).
     """
     probability = 1 / torch.arange(2, T + 1, device=x_0.device)
     probability = probability / probability.sum()
@@ -139,8 +140,8 @@ def bound(net, x_0, label):
 
     t = torch.ones_like(t)
     x_0_hat = predict_x_0(net, q_sample(x_0, t, torch.randn_like(x_0)), t, label)
-    _, sigma = signal_and_noise(t)                                         # sqrt(beta_1)
-    decoder = common.discretized_normal_nll(x_0, x_0_hat, sigma).flatten(1).sum(1)
+    _, noise = signal_and_noise(t)  # sqrt(beta_1)
+    decoder = common.discretized_normal_nll(x_0, x_0_hat, noise).flatten(1).sum(1)
     return {"diffusion": diffusion, "decoder": decoder}
 
 
