@@ -182,7 +182,7 @@ def loss(data, net, x, label):
 
 def guided_output(data, net, theta, t, label, guidance):
     """Not in the paper: if guidance is not 1, it exaggerates the effect of the label, compared to the null label
-    (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598): digits become clearer and less varied."""
+    (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598; guidance is their 1 + w): digits become clearer."""
     output = data.output(net, theta, t, label)
     if guidance != 1:
         output_null = data.output(net, theta, t, torch.full_like(label, common.NULL_LABEL))
@@ -196,9 +196,9 @@ def sample(data, net, label, steps, sampler, guidance):
     (belief, a draw from the output distribution). "paper", with guidance = 1, is algorithms 3, 6, 9: even times, and
     messages about draws from the output distribution (for continuous data, x_hat).
 
-    Not in the paper, with times u^warp: in "mean", messages are about x_hat, the average draw, which needs fewer steps;
-    "ode" adds no new noise: from theta = flow(x_hat, t, eps), solved for eps, it goes on to flow(x_hat, t_next, eps)
-    (both after Xue et al. 2024, arXiv 2404.15766)."""
+    Not in the paper: "mean", messages about x_hat, the average draw, and "ode", no new noise: from theta = flow(x_hat,
+    t, eps), solved for eps, to flow(x_hat, t_next, eps) (both: Xue et al. 2024, arXiv 2404.15766). Their times are
+    u^warp, as in training. They need fewer steps."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else u ** data.warp)
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)

@@ -307,8 +307,8 @@ def load_checkpoint(path, settings, modules):
     try:
         for name, module in modules.items():
             module.load_state_dict(state[name])
-    except (RuntimeError, ValueError) as error:  # missing or unknown weights, or other shapes
-        fail(f"{path} is of another network ({str(error).splitlines()[0]}): use another --out-dir, or --fresh")
+    except (RuntimeError, ValueError):  # missing or unknown weights, or other shapes
+        fail(f"{path} is of another network: use another --out-dir, or --fresh")
     return state
 
 

@@ -74,7 +74,7 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
     Not in the paper: x_0_hat is clipped to the range of pixels (as in its code; this buys 0.04 bits/dim). If guidance
     is not 1, it exaggerates the effect of the label, compared to the null label (classifier-free guidance, Ho &
-    Salimans 2022, arXiv 2207.12598): digits become clearer and less varied.
+    Salimans 2022, arXiv 2207.12598; guidance is their 1 + w): digits become clearer.
     """
     signal, noise = signal_and_noise(t)
     v = net(x_t, noise / signal, label)
@@ -86,8 +86,8 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 @torch.no_grad()
 def sample(net, label, steps, sampler, guidance):
-    """Algorithm 2, if steps = T, sampler = "ancestral" and guidance = 1. Draws an image for each label [N]: yields
-    (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last (x_0, x_0).
+    """Algorithm 2, with sigma_t^2 = beta_tilde_t, if steps = T, sampler = "ancestral" and guidance = 1. Draws an image
+    for each label [N]: yields (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last (x_0, x_0).
 
     Not in the paper: a step may go from t to any s < t; eq. 7 holds for alpha_bar_s in place of alpha_bar_{t-1} and
     1 - beta = alpha_bar_t / alpha_bar_s. 30 steps draw digits as good as 1000. The sampler "ddim" adds no new noise
@@ -130,7 +130,7 @@ def bound(net, x_0, label):
 
     L_T is 0, because alpha_bar_T is. Of the sum ("diffusion") one term is drawn for each image and divided by its
     probability. This is proportional to 1 / t, because the terms fall roughly so: the estimate varies little. In the
-    last term ("decoder") p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13).
+    last term ("decoder") p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13): beta_tilde_1 is 0.
     """
     probability = 1 / torch.arange(2, T + 1, device=x_0.device)
     probability = probability / probability.sum()
