@@ -261,7 +261,7 @@ def main(argv=None):
             ema.update_parameters(net)
             losses.append(batch_loss.item())
         run.end_epoch(losses, terms=common.estimate(functools.partial(bound, data, ema), test, run),
-                      preview=common.draw(draw, common.NINE, args))
+                      preview=common.draw(draw, common.PREVIEW_LABELS, args))
         common.save_preview(run)
 
     final = common.evaluate(run, functools.partial(bound, data, ema), draw, train, test,

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import nn
 
 NULL_LABEL = 10  # in place of a label that the network is not given
-NINE = torch.arange(1, 10)  # the labels of the digits in pictures, in reading order
+PREVIEW_LABELS = torch.arange(1, 10)  # of the digits in all pictures, in reading order
 FORMAT = 5  # of checkpoints
 if hasattr(torch.backends, "nnpack"):
     torch.backends.nnpack.set_flags(False)  # it slows down convolutions where torch has no oneDNN (Apple silicon)
@@ -409,7 +409,7 @@ def draw_process(sample, args):
     """Nine digits from the prior to the image, at up to 50 of the steps, as uint8."""
     torch.manual_seed(args.seed)
     steps = args.steps or 1000
-    frames = [(to_uint8(state), to_uint8(image)) for state, image in sample(label=given(NINE, args), steps=steps)]
+    frames = [(to_uint8(state), to_uint8(image)) for state, image in sample(label=given(PREVIEW_LABELS, args), steps=steps)]
     states, predictions = zip(*[frames[i] for i in spread(50, steps + 1)])
     return {"steps": steps, "states": torch.stack(states), "predictions": torch.stack(predictions)}
 
@@ -523,12 +523,12 @@ DPI = 200
 STYLE = ["default", {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "savefig.bbox": "tight"}]
 
 
-def tile(images, columns=3):
-    """Digits, uint8 [N, 1, 28, 28], as one picture, uint8 [height, width], with white lines between them."""
-    return torchvision.utils.make_grid(images, columns, padding=1, pad_value=255)[0]
+def tile(images, columns=None):
+    """Digits, uint8 [N, 1, 28, 28], as one picture, uint8 [height, width], square if no number of columns is given."""
+    return torchvision.utils.make_grid(images, columns or math.ceil(len(images) ** 0.5), padding=1, pad_value=255)[0]
 
 
-def draw_grids(panels, title, columns=3):
+def draw_grids(panels, title, columns=None):
     """A figure of grids of digits side by side, panels = {label: uint8 [N, 1, 28, 28]}."""
     pictures = [tile(images, columns) for images in panels.values()]
     height, width = pictures[0].shape
