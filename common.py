@@ -211,14 +211,16 @@ def download(dataset, raw):
     raw.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(dir=raw) as folder:
-        shutil.copytree(raw, Path(folder, dataset.__name__, "raw"), ignore=lambda _, names: {*names} - {
-            Path(url).name for url, _ in dataset.resources})
+        fetched = Path(folder, dataset.__name__, "raw")
+        fetched.mkdir(parents=True)
+        for file in raw.glob("*-ubyte.gz"):
+            shutil.copy(file, fetched)
         socket.setdefaulttimeout(15)  # seconds without an answer, for each of two addresses
         try:
             dataset(folder, download=True)
         finally:
             socket.setdefaulttimeout(timeout)
-        for file in Path(folder).glob("*/raw/*-ubyte"):
+        for file in fetched.glob("*-ubyte"):
             os.replace(file, raw / file.name)  # whole, whoever else does the same
 
 
@@ -409,7 +411,8 @@ def draw_process(sample, args):
     """Nine digits from the prior to the image, at up to 50 of the steps, as uint8."""
     torch.manual_seed(args.seed)
     steps = args.steps or 1000
-    frames = [(to_uint8(state), to_uint8(image)) for state, image in sample(label=given(PREVIEW_LABELS, args), steps=steps)]
+    label = given(PREVIEW_LABELS, args)
+    frames = [(to_uint8(state), to_uint8(image)) for state, image in sample(label=label, steps=steps)]
     states, predictions = zip(*[frames[i] for i in spread(50, steps + 1)])
     return {"steps": steps, "states": torch.stack(states), "predictions": torch.stack(predictions)}
 

@@ -342,7 +342,7 @@ def test_frechet_distance_of_known_normals():
 
 
 def test_measures_tell_good_digits_from_bad_ones(tmp_path):
-    """With more noise the Frechet distance grows, fewer digits are right and fewer are clear."""
+    """With more noise the Fréchet distance grows, fewer digits are right and fewer are clear."""
     name, train, (images, labels) = common.load_data("drawn", None, 0, 6000)
     (tmp_path / "classifier-drawn-digits-6000.pt").write_bytes(b"broken")
     net = common.trained_classifier(name, *train, tmp_path)
