@@ -7,8 +7,8 @@
     python bfn.py --data-type continuous      (or discretized or discrete; `python bfn.py --help` lists the flags)
 
 Alice sends Bob an image x in noisy messages y, drawn from the sender distribution. Bob's belief about each pixel on its
-own, the input distribution, is updated by Bayes' rule; theta, the sum of all messages, tells it. A network sees theta of
-all pixels and predicts each pixel: the output distribution, of mean x_hat. Bob expects messages from the receiver
+own, the input distribution, is updated by Bayes' rule; theta, the sum of all messages, fixes it. A network sees theta
+of all pixels and predicts each pixel: the output distribution, of mean x_hat. Bob expects messages from the receiver
 distribution: the sender distribution, averaged over the output distribution. A message costs KL(sender || receiver)
 nats, and training makes messages cheap. To sample, there is no Alice: Bob makes up her messages from his predictions.
 
@@ -95,8 +95,8 @@ class Continuous:
 
 
 class Discretized(Continuous):
-    """Grey values as 256 numbers (§5), k at 2 k / 255 - 1 (the paper has 256 equal bins in [-1, 1]). The output, mean and
-    ln std, [B, 2, 28, 28], is of a Gaussian that is discretized."""
+    """Grey values as 256 numbers (§5), k at 2 k / 255 - 1 (the paper has 256 equal bins in [-1, 1]). The output is mean
+    and ln std, [B, 2, 28, 28], of a Gaussian that is discretized."""
 
     out_channels = 2
 
@@ -222,8 +222,8 @@ def sample(data, net, label, steps, sampler, guidance):
 
 @torch.no_grad()
 def bound(data, net, images, label):
-    """Estimates of the terms, each [B], of an upper bound on -ln p(x | label) in nats: L_inf (from T_MIN on), the cost of
-    the messages, and L_r ("reconstruction"), that of the image given Bob's last prediction."""
+    """Estimates of the terms, each [B], of an upper bound on -ln p(x | label) in nats: L_inf (from T_MIN on), the cost
+    of the messages, and L_r ("reconstruction"), that of the image given Bob's last prediction."""
     x = data.encode(images)
     u = (torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)) % 1  # uniform, evenly spread
     messages = loss_at(data, net, x, T_MIN + (1 - T_MIN) * u, label)

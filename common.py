@@ -112,8 +112,9 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, z, sigma, label):
-        """z: float [B, in_channels, 28, 28], for grey values (x + sigma eps) / sqrt(1 + sigma^2), an image with noise of
-        std sigma, scaled to unit size. sigma: float [B or 1, 1, 1, 1] in [0, inf]. Returns [B, out_channels, 28, 28]."""
+        """z: float [B, in_channels, 28, 28], of grey values (x + sigma eps) / sqrt(1 + sigma^2), an image with noise of
+        std sigma, scaled to unit size; sigma: float [B or 1, 1, 1, 1] in [0, inf]. Returns [B, out_channels, 28, 28].
+        """
         level = 2 / math.pi * sigma.flatten(1).atan()  # in [0, 1]; with the schedule of diffusion.py it is t / T
         angles = level * self.frequencies  # sinusoidal features (arXiv 1706.03762, §3.5)
         noise = self.noise(torch.cat([angles.sin(), angles.cos()], dim=1))
@@ -304,8 +305,8 @@ def load_checkpoint(path, settings, modules):
     other = [f"{key} {state['settings'][key]} there, {value} here" for key, value in settings.items()
              if state["settings"][key] != value]
     if other:
-        fail(f"the run in {path.parent} has other settings ({'; '.join(other)}): give those (for drawn digits --dataset "
-             "drawn), or another --out-dir, or --fresh to throw that run away")
+        fail(f"the run in {path.parent} has other settings ({'; '.join(other)}): give those (for drawn digits "
+             "--dataset drawn), or another --out-dir, or --fresh to throw that run away")
     try:
         for name, module in modules.items():
             module.load_state_dict(state[name])
@@ -690,7 +691,7 @@ def parse_args(description, argv, samplers, data_types=()):
         add("--data-type", choices=data_types, default=data_types[0], help="what a pixel is (default %(default)s)")
     args = parser.parse_args(argv)
     for wrong, message in [
-            (min(args.epochs, args.batch_size, *[n for n in (args.limit, args.sample, args.steps) if n is not None]) < 1,
+            (min(n for n in (args.epochs, args.batch_size, args.limit, args.sample, args.steps) if n is not None) < 1,
              "--epochs, --batch-size, --limit, --sample and --steps are at least 1"),
             (not 0 < args.lr < math.inf, "--lr is above 0"),
             (not 0 <= args.seed < 2 ** 31, "--seed is in [0, 2^31)"),
@@ -712,7 +713,7 @@ def parse_args(description, argv, samplers, data_types=()):
 
 
 def save_samples(name, ema, sample, args):
-    """--sample N: draw N images with the network in a run's folder, into samples.pt, and the first nine as drawn.png."""
+    """--sample N: draw N images with the network of a run, into samples.pt, and the first nine as drawn.png."""
     folder, N = args.out_dir / name, args.sample
     state = load_checkpoint(folder / "checkpoint.pt", {"model": name, "no_labels": args.no_labels}, {"ema": ema})
     if not state:
