@@ -348,7 +348,7 @@ class Run:
         """One epoch of shuffled batches: images, float [B, 1, 28, 28] in [-1, 1], and labels, int64 [B], as the network
         is given them. A last batch that is smaller is left out. Each epoch has random numbers of its own, so that an
         interrupted run goes on as if it had not been."""
-        torch.manual_seed(self.args.seed + 2 ** 31 * (len(self.history) + 1))
+        torch.manual_seed(self.args.seed + 1_000_003 * (len(self.history) + 1))  # torch uses its last 32 bits
         start, size = time.perf_counter(), self.args.batch_size
         count = len(images) // size
         for i, chosen in enumerate(torch.randperm(len(images))[:count * size].view(count, size)):

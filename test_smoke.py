@@ -466,6 +466,15 @@ def test_killed_and_continued_equals_undisturbed(name, out, tmp_path, capsys):
     torch.testing.assert_close(continued, undisturbed, rtol=0, atol=0)
 
 
+def test_each_epoch_has_other_batches_and_other_noise(tmp_path, monkeypatch):
+    seen, loss = [], diffusion.loss
+    monkeypatch.setattr(diffusion, "loss", lambda net, x_0, label: seen.append((x_0.sum(), torch.rand(1))) or
+                        loss(net, x_0, label))
+    main("diffusion", tmp_path, "--epochs", 5, "--batch-size", 32)
+    for values in zip(*seen):
+        assert len(set(torch.stack(values).flatten().tolist())) == 10
+
+
 @pytest.mark.parametrize("name", ["bfn-discrete", "bfn-discretized"])
 def test_other_data_types_train_and_sample(name, tmp_path):
     main(name, tmp_path, "--epochs", "1")
