@@ -1,5 +1,5 @@
-"""What diffusion.py and bfn.py share, in this order: network, EMA, numerics, data, a run's folder, evaluation, figures,
-comparison, command line.
+"""What diffusion.py and bfn.py share, in this order: network, EMA, numerics, data, a run's folder, sampling and
+evaluation, figures, comparison, command line.
 
 Images are uint8 0..255 at the edges and float32 [B, 1, 28, 28] in [-1, 1] inside the models. A label is int64 [B].
 """
@@ -34,6 +34,11 @@ PREVIEW_LABELS = torch.arange(1, 10)  # of the digits in all pictures, in readin
 FORMAT = 5  # of checkpoints
 if hasattr(torch.backends, "nnpack"):
     torch.backends.nnpack.set_flags(False)  # it slows down convolutions where torch has no oneDNN (Apple silicon)
+
+
+def fail(message):
+    """End the program for a foreseen reason: one line that says what is wrong and what to do; exit code 1."""
+    raise SystemExit(f"error: {message}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
@@ -177,11 +182,6 @@ def discretized_normal_mean(mean, std):
 
 DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}  # in torchvision.datasets
 FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "STIXGeneral", "cmr10", "cmss10"]
-
-
-def fail(message):
-    """End the program for a foreseen reason: one line that says what is wrong and what to do; exit code 1."""
-    raise SystemExit(f"error: {message}")
 
 
 def load_data(name, folder, seed, limit=None):
@@ -386,7 +386,14 @@ class Run:
         write(self.folder / "metrics.json", lambda path: path.write_text(json.dumps(self.metrics, indent=1), "utf-8"))
 
 
-# ----------------------------------------------------------------------------------------------------------- evaluation
+def load_run(folder):
+    """(metrics, trace) of a finished run, or None."""
+    with contextlib.suppress(OSError, ValueError):
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return (metrics, torch.load(folder / "trace.pt", weights_only=True)) if metrics["final"] else None
+
+
+# ---------------------------------------------------------------------------------------------- sampling and evaluation
 
 STEPS, GUIDANCE = 30, 1.15  # defaults of the command line
 
@@ -595,13 +602,6 @@ def save_curves(path, runs, title, columns):
     write(path, figure.savefig)
 
 
-def load_run(folder):
-    """(metrics, trace) of a finished run, or None."""
-    with contextlib.suppress(OSError, ValueError):
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return (metrics, torch.load(folder / "trace.pt", weights_only=True)) if metrics["final"] else None
-
-
 def save_preview(run):
     """epochs/epoch_001.png and so on: the nine digits of the last epoch."""
     epoch = len(run.history)
@@ -640,7 +640,7 @@ def compare(out_dir, name):
     runs = {other: run for other in MODELS if (run := load_run(out_dir / other))}
     settings = {other: {**metrics["settings"], **metrics["final"], "epochs": len(metrics["history"]),
                         "steps of the pictures": trace["steps"]} for other, (metrics, trace) in runs.items()}
-    same = [other for other in runs if all(settings[other][key] == settings[name][key] for key in COMPARED)]
+    same = [other for other in runs if all(settings[other].get(key) == settings[name][key] for key in COMPARED)]
     if len(same) < len(runs):
         print(f"not compared with {name}, as their settings differ: {', '.join(sorted(set(runs) - set(same)))}")
     if len(same) < 2 or same[0] != "diffusion":

@@ -500,8 +500,11 @@ def test_without_labels_the_network_is_never_told_any(tmp_path, monkeypatch):
 
 
 def test_finished_run_only_redraws_and_fresh_starts_over(out, tmp_path):
+    folder, earlier = tmp_path / "bfn-discrete", tmp_path / "diffusion"
+    earlier.mkdir()  # a run of an earlier version is not compared
+    (earlier / "metrics.json").write_text(json.dumps({"settings": {}, "history": [], "final": {"bound": 1}}))
+    torch.save({"steps": 4}, earlier / "trace.pt")
     main("bfn-discrete", tmp_path, "--epochs", 2)
-    folder = tmp_path / "bfn-discrete"
     before = (folder / "checkpoint.pt").read_bytes()
     (folder / "curves.png").unlink()
     main("bfn-discrete", tmp_path, "--epochs", 2)
