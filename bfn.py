@@ -7,8 +7,8 @@
     python bfn.py --data-type continuous      (or discretized or discrete; `python bfn.py --help` lists the flags)
 
 Alice sends Bob an image x in noisy messages y, drawn from the sender distribution. Bob's belief about each pixel on its
-own, the input distribution, is updated by Bayes' rule; theta, the sum of all messages, fixes it. A network sees theta
-of all pixels and predicts each pixel: the output distribution, of mean x_hat. Bob expects messages from the receiver
+own, the input distribution, follows from theta, the sum of all messages, by Bayes' rule. A network sees the beliefs
+about all pixels and predicts each pixel: the output distribution, of mean x_hat. Bob expects messages from the receiver
 distribution: the sender distribution, averaged over the output distribution. A message costs KL(sender || receiver)
 nats, and training makes messages cheap. To sample, there is no Alice: Bob makes up her messages from his predictions.
 
@@ -59,7 +59,7 @@ class Continuous:
     unit = "bits/dim"
     c = channels = out_channels = 1  # channels are those of x, out_channels those of the network
     sigma_1 = 0.001  # std of Bob's belief at t = 1
-    warp = 4  # a digit takes shape before t = 0.1
+    warp = 4  # of time, see `loss`: a digit takes shape before t = 0.1
 
     encode = decode = s = staticmethod(lambda x: x)
 
@@ -83,7 +83,7 @@ class Continuous:
         scale = (1 + sigma ** 2).sqrt()
         z = self.belief(theta, t) * scale
         v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std: for Discretized only
-        return torch.cat([(z - sigma * v) / scale, (sigma / scale).log() + ln_std], dim=1)  # relative to Bob's std
+        return torch.cat([(z - sigma * v) / scale, (sigma / scale).log() + ln_std], dim=1)  # sigma / scale: Bob's std
 
     def mean(self, output):
         return output.clamp(-1, 1)
@@ -116,7 +116,7 @@ class Discrete:
 
     unit = "nats/image"
     K = c = channels = out_channels = 2
-    beta_1, warp = 9, 1.5  # beta(1) is that of the paper's released configuration
+    beta_1, warp = 9, 1.5  # beta(1): of the paper's released configuration
 
     def encode(self, images):
         white = torch.rand_like(images) < (images + 1) / 2  # dynamic binarisation
@@ -196,9 +196,9 @@ def sample(data, net, label, steps, sampler, guidance):
     (belief, a draw from the output distribution). "paper", with guidance = 1, is algorithms 3, 6, 9: even times, and
     messages about draws from the output distribution (for continuous data, x_hat).
 
-    Not in the paper: "mean", messages about x_hat, the average draw, and "ode", no new noise: from theta = flow(x_hat,
-    t, eps), solved for eps, to flow(x_hat, t_next, eps) (both: Xue et al. 2024, arXiv 2404.15766). Their times are
-    u^warp, as in training. They need fewer steps."""
+    Not in the paper: in "mean", messages are about x_hat, the average draw; "ode" adds no new noise: it solves
+    theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps) (both: Xue et al. 2024, arXiv 2404.15766).
+    Their times are u^warp, as in training. They need fewer steps."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else u ** data.warp)
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)

@@ -32,8 +32,8 @@ T = 1000
 def signal_and_noise(t):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), the coefficients of x_0 and eps in x_t, to multiply images with.
 
-    Not in the paper: alpha_bar_t = cos^2(pi/2 t / T) (after Nichol & Dhariwal 2021, arXiv 2102.09672). Halfway it is
-    0.5, with the paper's linear beta_t 0.08, which is noisier. This buys 0.2 bits/dim.
+    Not in the paper: alpha_bar_t = cos^2(pi/2 t / T) (after Nichol & Dhariwal 2021, arXiv 2102.09672), which has less
+    noise than the paper's schedule, of linear beta_t, has at middle steps. This buys 0.2 bits/dim.
     """
     angle = math.pi / 2 * t.view(-1, 1, 1, 1) / T
     return angle.cos().clamp(min=0), angle.sin()  # rounding makes cos(pi/2) negative
@@ -58,7 +58,7 @@ def loss(net, x_0, label):
 
     Not in the paper: at T, x_t is eps itself, and predicting eps teaches nothing. So the network predicts
     v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 instead (Salimans & Ho 2022, arXiv 2202.00512), which is -x_0
-    at T. It is given noise / signal (infinity at T) instead of t.
+    at T. It is given noise / signal, which may be infinite, instead of t.
     """
     t = torch.randint(1, T + 1, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -89,9 +89,9 @@ def sample(net, label, steps, sampler, guidance):
     """Algorithm 2, with sigma_t^2 = beta_tilde_t, if steps = T, sampler = "ancestral" and guidance = 1. Draws an image
     for each label [N]: yields (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last (x_0, x_0).
 
-    Not in the paper: a step may go from t to any s < t, so that few steps suffice; eq. 7 holds for alpha_bar_s in place
-    of alpha_bar_{t-1} and 1 - beta = alpha_bar_t / alpha_bar_s. The sampler "ddim" adds no new noise (Song et al. 2021,
-    arXiv 2010.02502, eq. 12). The last step, to s = 0, returns x_0_hat.
+    Not in the paper: a step may go from t to any s < t, so that few steps suffice. In eq. 7, alpha_bar_s then stands
+    for alpha_bar_{t-1}, and beta is 1 - alpha_bar_t / alpha_bar_s. The sampler "ddim" adds no new noise (Song et al.
+    2021, arXiv 2010.02502, eq. 12).
     """
     x_t = torch.randn(len(label), 1, 28, 28, device=label.device)
     times = torch.linspace(T, 0, steps + 1, device=label.device)
@@ -100,7 +100,7 @@ def sample(net, label, steps, sampler, guidance):
         yield x_t, x_0_hat
         (signal_t, noise_t), (signal_s, noise_s) = signal_and_noise(t), signal_and_noise(s)
         if sampler == "ancestral":
-            ratio = snr(t) / snr(s)  # in eq. 7, beta / (1 - alpha_bar_t) is 1 - ratio
+            ratio = snr(t) / snr(s)  # eq. 7's beta / (1 - alpha_bar_t) is 1 - ratio; at s = 0, snr is infinite, ratio 0
             mu_tilde = signal_s * (1 - ratio) * x_0_hat + signal_t / signal_s * (noise_s / noise_t) ** 2 * x_t
             beta_tilde = (1 - ratio) * noise_s ** 2
             x_t = mu_tilde + beta_tilde.sqrt() * torch.randn_like(x_t)
@@ -129,7 +129,7 @@ def bound(net, x_0, label):
     L = L_T + sum_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + E[-ln p(x_0 | x_1)]
 
     L_T is 0, because alpha_bar_T is. Of the sum ("diffusion") one term is drawn for each image and divided by its
-    probability. This is proportional to 1 / t, because the terms fall roughly so: the estimate varies little. In the
+    probability. The probability falls as 1 / t, roughly as the terms do, so that the estimate varies little. In the
     last term ("decoder") p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13): beta_tilde_1 is 0.
     """
     probability = 1 / torch.arange(2, T + 1, device=x_0.device)
