@@ -4,7 +4,7 @@
 # ///
 """A Bayesian Flow Network (BFN) of MNIST digits: training, sampling and likelihood, for three types of data.
 
-    python bfn.py --data-type continuous      (or discretized or discrete; `python bfn.py --help` lists the flags)
+    python bfn.py --data-type continuous      (the default; or discretized, or discrete; --help lists the flags)
 
 Alice sends Bob an image x in noisy messages y, drawn from the sender distribution. Bob's belief about each pixel on its
 own, the input distribution, follows from theta, the sum of all messages, by Bayes' rule. A network sees the beliefs

@@ -336,8 +336,8 @@ class Run:
         try:
             (self.folder / "epochs").mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()  # can it be written to?
-            for name in [] if self.history else ["checkpoint.pt", "metrics.json", "trace.pt", "epochs/*.png"]:
-                for old in self.folder.glob(name):
+            for pattern in [] if self.history else ["checkpoint.pt", "metrics.json", "trace.pt", "epochs/*.png"]:
+                for old in self.folder.glob(pattern):
                     old.unlink()
         except OSError as error:
             fail(f"{self.folder} cannot be written to ({error.strerror})")
@@ -432,7 +432,7 @@ def spread(count, total):
 
 def estimate(bound, test, run, count=2000):
     """The terms of the bound for the first `count` test images, {name: [count]} in the run's unit. bound(images, label)
-    estimates them in nats, given the label. ln 10 more bound the code length of the image alone, as labels are even:
+    estimates them in nats, given the label. With ln 10, they bound the code length of the image without its label:
 
     -ln p(x) = -ln sum_label p(label) p(x | label) <= -ln p(x | label) + ln 10
     """
@@ -727,7 +727,7 @@ def save_samples(name, ema, sample, args):
 def run_script(main):
     """main() as the whole program. Ctrl-C ends it with one line; unforeseen errors show their traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if stream:
+        if hasattr(stream, "reconfigure"):  # a notebook's has no such method
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show does not end a run
     try:
         main()

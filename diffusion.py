@@ -32,8 +32,8 @@ T = 1000
 def signal_and_noise(t):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), the coefficients of x_0 and eps in x_t, to multiply images with.
 
-    Not in the paper: alpha_bar_t = cos^2(pi/2 t / T) (after Nichol & Dhariwal 2021, arXiv 2102.09672), which has less
-    noise than the paper's schedule, of linear beta_t, has at middle steps. This buys 0.2 bits/dim.
+    Not in the paper: alpha_bar_t = cos^2(pi/2 t / T) (after Nichol & Dhariwal 2021, arXiv 2102.09672). At middle steps
+    it has less noise than the paper's schedule, in which beta_t is linear. This buys 0.2 bits/dim.
     """
     angle = math.pi / 2 * t.view(-1, 1, 1, 1) / T
     return angle.cos().clamp(min=0), angle.sin()  # rounding makes cos(pi/2) negative

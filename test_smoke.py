@@ -3,6 +3,7 @@ scripts from end to end on drawn digits. Needs no network and no files: `python 
 import functools
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -532,6 +533,9 @@ def test_surroundings_do_not_matter_and_stay_as_they_are(tmp_path, monkeypatch):
         main("diffusion", "~/runs", "--epochs", 1)
         assert matplotlib.rcParams["text.usetex"] and matplotlib.rcParams["font.size"] == 7
     assert (tmp_path / "runs" / "diffusion" / "curves.png").exists()
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook, it cannot be reconfigured
+    common.run_script(lambda: print("runs"))
+    assert sys.stdout.getvalue() == "runs\n"
 
 
 def test_a_foreseen_failure_is_one_line(tmp_path):
