@@ -156,7 +156,6 @@ TYPES = {"continuous": Continuous, "discretized": Discretized, "discrete": Discr
 
 
 # ------------------------------------------------------------------------------------------------------- the loss
-
 def loss_at(data, net, x, t, label):
     """The integrand of L_inf for a draw of theta at t, in nats, [B]. L_inf is the cost of infinitely many, infinitely
     small messages. As alpha -> 0, the receiver distribution tends to N(alpha s(x_hat), c alpha I), and the KL to
@@ -179,7 +178,6 @@ def loss(data, net, x, label):
 
 
 # ---------------------------------------------------------------------------------------------------- the sampler
-
 def guided_output(data, net, theta, t, label, guidance):
     """Not in the paper: if guidance is not 1, it exaggerates the effect of the label, compared to the null label
     (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598; guidance is their 1 + w): digits become clearer."""
@@ -219,26 +217,24 @@ def sample(data, net, label, steps, sampler, guidance):
 
 
 # ------------------------------------------------------------------------------------------------- the likelihood
-
 @torch.no_grad()
 def bound(data, net, images, label):
-    """Estimates of the terms, each [B], of an upper bound on -ln p(x | label) in nats: L_inf (from T_MIN on), the cost
-    of the messages, and L_r ("reconstruction"), that of the image given Bob's last prediction."""
+    """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf (from T_MIN on), the cost of the messages,
+    and L_r, that of the image given Bob's last prediction."""
     x = data.encode(images)
     u = (torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)) % 1  # uniform, evenly spread
     messages = loss_at(data, net, x, T_MIN + (1 - T_MIN) * u, label)
     t = torch.ones_like(u)
     output = data.output(net, flow(data, x, t, torch.randn_like(x)), t, label)
-    return {"messages": messages, "reconstruction": data.nll(output, x).flatten(1).sum(1)}
+    return messages + data.nll(output, x).flatten(1).sum(1)
 
 
 # ---------------------------------------------------------------------------------------------- the training loop
-
 def main(argv=None):
     args = common.parse_args(__doc__, argv, samplers=["mean", "paper", "ode"], data_types=list(TYPES))
     torch.manual_seed(args.seed)
     data = TYPES[args.data_type]()
-    net = common.UNet(data.channels, data.out_channels).to(args.device)
+    net = common.UNet(data.channels, data.out_channels, labels=not args.no_labels).to(args.device)
     ema = common.ema(net)  # averaged weights, for sampling and evaluation
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     draw = functools.partial(sample, data, ema, sampler=args.sampler, guidance=args.guidance)
@@ -247,9 +243,9 @@ def main(argv=None):
         return common.save_samples(name, ema, draw, args)
 
     dataset, train, test = common.load_data(args.dataset, args.data_dir, args.seed, args.limit)
-    run = common.Run(args, name=name, title=f"BFN ({args.data_type})", unit=data.unit, state_name="belief",
+    run = common.Run(args, name=name, title=f"BFN ({args.data_type})", unit=data.unit,
                      dataset=dataset, net=net, ema=ema, optimizer=optimizer)
-    while len(run.history) < args.epochs:  # an interrupted run goes on from its last finished epoch
+    for epoch in range(len(run.history) + 1, args.epochs + 1):  # an interrupted run goes on where it was
         losses = []
         for images, label in run.batches(*train):
             # Not in the paper: labels (without them digits are far worse). A tenth becomes the null label, for guidance
@@ -260,14 +256,13 @@ def main(argv=None):
             optimizer.step()
             ema.update_parameters(net)
             losses.append(batch_loss.item())
-        run.end_epoch(losses, terms=common.estimate(functools.partial(bound, data, ema), test, run),
-                      preview=common.draw(draw, common.PREVIEW_LABELS, args))
-        common.save_preview(run)
+        preview = common.draw(draw, common.PREVIEW_LABELS, args)
+        run.end_epoch(losses, test=common.estimate(functools.partial(bound, data, ema), test, run), preview=preview)
+        common.save_grids(run.folder / f"epochs/epoch_{epoch:03}.png", {"": preview}, f"{run.title}, epoch {epoch}")
 
     final = common.evaluate(run, functools.partial(bound, data, ema), draw, train, test,
                             real=lambda images: data.decode(data.encode(images)))
-    run.finish(final, trace=common.draw_process(draw, args))
-    common.save_figures(run.folder)
+    common.save_results(run, final, trace=common.draw_process(draw, args))
     common.compare(args.out_dir, name)
 
 

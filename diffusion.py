@@ -28,7 +28,6 @@ T = 1000
 
 
 # -------------------------------------------------------------------------------------------- the forward process
-
 def signal_and_noise(t):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), the coefficients of x_0 and eps in x_t, to multiply images with.
 
@@ -52,7 +51,6 @@ def q_sample(x_0, t, eps):
 
 
 # ------------------------------------------------------------------------------------------------------- the loss
-
 def loss(net, x_0, label):
     """Algorithm 1 without the gradient step: the mean squared error at random t, a scalar.
 
@@ -68,7 +66,6 @@ def loss(net, x_0, label):
 
 
 # ---------------------------------------------------------------------------------------------------- the sampler
-
 def predict_x_0(net, x_t, t, label, guidance=1):
     """The prediction of x_0, [B, 1, 28, 28]: x_0_hat = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v.
 
@@ -111,7 +108,6 @@ def sample(net, label, steps, sampler, guidance):
 
 
 # ------------------------------------------------------------------------------------------------- the likelihood
-
 def kl_step(x_0, x_0_hat, t):
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], for t in 2..T (eq. 8); p is q with x_0_hat for x_0.
 
@@ -124,7 +120,7 @@ def kl_step(x_0, x_0_hat, t):
 
 @torch.no_grad()
 def bound(net, x_0, label):
-    """An upper bound on -ln p(x_0 | label) in nats, as unbiased estimates of its terms, each [B] (eq. 5):
+    """Unbiased estimates, [B], of an upper bound on -ln p(x_0 | label) in nats (eq. 5):
 
     L = L_T + sum_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + E[-ln p(x_0 | x_1)]
 
@@ -142,15 +138,14 @@ def bound(net, x_0, label):
     x_0_hat = predict_x_0(net, q_sample(x_0, t, torch.randn_like(x_0)), t, label)
     _, noise = signal_and_noise(t)  # sqrt(beta_1)
     decoder = common.discretized_normal_nll(x_0, x_0_hat, noise).flatten(1).sum(1)
-    return {"diffusion": diffusion, "decoder": decoder}
+    return diffusion + decoder
 
 
 # ---------------------------------------------------------------------------------------------- the training loop
-
 def main(argv=None):
     args = common.parse_args(__doc__, argv, samplers=["ancestral", "ddim"])
     torch.manual_seed(args.seed)
-    net = common.UNet(in_channels=1, out_channels=1).to(args.device)
+    net = common.UNet(in_channels=1, out_channels=1, labels=not args.no_labels).to(args.device)
     ema = common.ema(net)  # averaged weights, for sampling and evaluation
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     draw = functools.partial(sample, ema, sampler=args.sampler, guidance=args.guidance)
@@ -158,9 +153,9 @@ def main(argv=None):
         return common.save_samples("diffusion", ema, draw, args)
 
     dataset, train, test = common.load_data(args.dataset, args.data_dir, args.seed, args.limit)
-    run = common.Run(args, name="diffusion", title="DDPM", unit="bits/dim", state_name="x_t", dataset=dataset,
+    run = common.Run(args, name="diffusion", title="DDPM", unit="bits/dim", dataset=dataset,
                      net=net, ema=ema, optimizer=optimizer)
-    while len(run.history) < args.epochs:  # an interrupted run goes on from its last finished epoch
+    for epoch in range(len(run.history) + 1, args.epochs + 1):  # an interrupted run goes on where it was
         losses = []
         for x_0, label in run.batches(*train):
             # Not in the paper: labels (without them digits are far worse). A tenth becomes the null label, for guidance
@@ -171,13 +166,12 @@ def main(argv=None):
             optimizer.step()
             ema.update_parameters(net)
             losses.append(batch_loss.item())
-        run.end_epoch(losses, terms=common.estimate(functools.partial(bound, ema), test, run),
-                      preview=common.draw(draw, common.PREVIEW_LABELS, args))
-        common.save_preview(run)
+        preview = common.draw(draw, common.PREVIEW_LABELS, args)
+        run.end_epoch(losses, test=common.estimate(functools.partial(bound, ema), test, run), preview=preview)
+        common.save_grids(run.folder / f"epochs/epoch_{epoch:03}.png", {"": preview}, f"{run.title}, epoch {epoch}")
 
     final = common.evaluate(run, functools.partial(bound, ema), draw, train, test)
-    run.finish(final, trace=common.draw_process(draw, args))
-    common.save_figures(run.folder)
+    common.save_results(run, final, trace=common.draw_process(draw, args))
     common.compare(args.out_dir, "diffusion")
 
 

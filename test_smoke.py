@@ -26,8 +26,6 @@ import bfn
 import common
 import diffusion
 
-M = 4
-
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -39,8 +37,6 @@ def alpha_bar(t):
     return torch.cos(math.pi / 2 * torch.as_tensor(t).double() / diffusion.T) ** 2
 
 
-# ------------------------------------------------------------------------------------------------------ diffusion
-
 def betas():
     """beta_1..beta_T of the chain whose products of 1 - beta are alpha_bar, float64."""
     a = alpha_bar(torch.arange(diffusion.T + 1))
@@ -48,7 +44,6 @@ def betas():
 
 
 def test_ancestral_sampling_over_all_steps_is_algorithm_2(monkeypatch):
-    """Against the algorithm as the paper writes it: with beta, alpha_bar and eps_theta."""
     monkeypatch.setattr(diffusion, "predict_x_0", lambda net, x, *rest: (0.5 * x).clamp(-1, 1))
     torch.manual_seed(1)
     *_, (drawn, _) = diffusion.sample(None, torch.zeros(2, dtype=torch.int64), diffusion.T, "ancestral", guidance=1)
@@ -78,8 +73,7 @@ def test_kl_step_is_the_divergence_of_two_posteriors_found_on_a_grid(t):
 
 
 def test_diffusion_loss_is_the_error_of_v(monkeypatch):
-    """A network that knows x_0, and predicts a v which is off by 0.1; v is recovered as (sqrt(alpha_bar) x_t - x_0) /
-    sqrt(1 - alpha_bar)."""
+    """A network that knows x_0, and predicts v = (sqrt(alpha_bar) x_t - x_0) / sqrt(1 - alpha_bar), off by 0.1."""
     x_0 = torch.rand(64, 1, 28, 28) * 2 - 1
 
     def net(z, sigma, label):
@@ -106,8 +100,7 @@ def test_guidance_goes_on_from_the_prediction_without_label_to_the_one_with_it()
 
 @pytest.mark.parametrize("kind", ["diffusion", *bfn.TYPES])
 def test_the_network_is_called_alike(kind):
-    """With sigma, the noise in what q_sample and flow give, and for grey values with z = (x + sigma eps) / sqrt(1 +
-    sigma^2). (DDPM eq. 4; BFN eq. 77 and 185, where theta = beta s(x) + sqrt(c beta) eps.)"""
+    """With sigma, the noise in what q_sample and flow give, and z (DDPM eq. 4; BFN eq. 77 and 185)."""
     calls, data = [], bfn.TYPES.get(kind, bfn.Continuous)()
     x, t = data.encode(torch.full((3, 1, 28, 28), 0.5)), torch.tensor([bfn.T_MIN, 0.1, 1.0])
     eps = torch.randn(x.shape)
@@ -133,12 +126,9 @@ def test_the_network_is_called_alike(kind):
         assert torch.allclose(z, (x + sigma * eps) / (1 + sigma ** 2).sqrt(), atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------ BFN
-
 @pytest.mark.parametrize("alpha", [0.3, 40.0])
 def test_adding_a_message_is_bayes_rule(alpha):
-    """For grey values BFN eq. 49 and 50, with a message y / alpha ~ N(x, 1 / alpha); for classes the posterior
-    p(k) ~ theta_k N(y; alpha (K e_k - 1), alpha K I) (eq. 157)."""
+    """BFN eq. 49 and 50, y / alpha ~ N(x, 1 / alpha); p(k) ~ theta_k N(y; alpha (K e_k - 1), alpha K I) (eq. 157)."""
     t, theta, x, alpha = torch.tensor([0.2]), torch.randn(1, 1, 3, 3), torch.rand(1, 1, 3, 3), torch.tensor(alpha)
     data = bfn.Continuous()
     y = bfn.sender(data, x, alpha, torch.randn(x.shape))
@@ -157,8 +147,7 @@ def test_adding_a_message_is_bayes_rule(alpha):
 
 @pytest.mark.parametrize("kind", bfn.TYPES)
 def test_paper_sampler_is_the_papers_algorithm(kind, monkeypatch):
-    """Algorithms 3, 6 and 9 as the paper writes them, in mu and rho, or in probabilities, with the same noise and the
-    same draws from the output distribution."""
+    """Algorithms 3, 6 and 9 in mu and rho, or in probabilities, with the same noise and draws."""
     data, n, draws = bfn.TYPES[kind](), 7, []
     monkeypatch.setattr(data, "draw", lambda output: draws.append(torch.rand(output.shape) * 2 - 1) or draws[-1])
     monkeypatch.setattr(data, "output", lambda net, theta, t, label: theta)
@@ -195,7 +184,7 @@ def test_nothing_breaks_at_the_ends_of_time(kind):
         result = diffusion.predict_x_0(net, images, torch.tensor([1, 2, 999, 1000]), label)
     else:
         result = bfn.loss_at(data, net, data.encode(images), torch.tensor([bfn.T_MIN, 1e-4, 0.999, 1.0]), label)
-        assert bfn.bound(data, net, images, label)["reconstruction"].isfinite().all()
+        assert bfn.bound(data, net, images, label).isfinite().all()
     result.sum().backward()
     assert result.isfinite().all() and all(p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
 
@@ -218,8 +207,7 @@ def test_mean_and_draws_of_grey_values(std):
 @pytest.mark.parametrize("std", [0.001, 0.00157, 0.01])
 @pytest.mark.parametrize("mean", [-0.2, 0.2])
 def test_improbable_grey_values_cost_what_they_should(std, mean):
-    """Up to six grey values from the mean, on either side; the bin's mass is integrated, with its largest density
-    factored out."""
+    """Up to six from the mean, on either side; the bin's mass is integrated, its largest density factored out."""
     mean = round((mean + 1) * 127.5) / 127.5 - 1
     for off in range(-6, 7):
         far, near = (abs(off) + 0.5) / 127.5 / std, (abs(off) - 0.5) / 127.5 / std
@@ -227,12 +215,11 @@ def test_improbable_grey_values_cost_what_they_should(std, mean):
         peak = max(near, 0) ** 2 / 2
         mass = torch.trapezoid(torch.exp(peak - y ** 2 / 2), y) / (2 * math.pi) ** 0.5
         nats = common.discretized_normal_nll(torch.tensor(mean + off / 127.5), torch.tensor(mean), std)
-        assert nats.item() == pytest.approx(min(peak - mass.log().item(), 300 * math.log(10)), rel=2e-3, abs=1e-5)
+        assert nats.item() == pytest.approx(peak - mass.log().item(), rel=2e-3, abs=1e-5)
 
 
 def test_fourier_features_of_the_image_fade_with_its_noise():
-    """The second fastest wave parts neighbouring grey values. Under noise, the mean of a feature is the feature of the
-    clean image times its damping."""
+    """The second fastest wave parts neighbours. Under noise, a feature's mean is the clean one times its damping."""
     greys = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
     waves = common.fourier_features(greys, torch.zeros(256, 1, 1, 1)).view(256, 16)
     assert torch.allclose(waves[:, 9], (-1.0) ** torch.arange(256), atol=1e-3)
@@ -244,9 +231,9 @@ def test_fourier_features_of_the_image_fade_with_its_noise():
     assert not common.fourier_features(noisy, torch.full((1, 1, 1, 1), math.inf)).any()
 
 
-def known(kind, n, monkeypatch):
-    """A model whose predictions are the best possible ones for a data set of M images, which differ in two rows only:
-    its bound, its sampler, n draws of x, the M images as x, and the nats that the last term of the bound must cost."""
+def known(kind, n, monkeypatch, M=4):
+    """A model whose predictions are the best possible for a data set of M images, which differ in two rows: its bound,
+    its sampler, n draws of x, the M images as x, and the nats that the last term of the bound must cost."""
     images = (torch.randint(30, 220, (1, 1, 28, 28)) / 127.5 - 1).repeat(M, 1, 1, 1)
     images[:, 0, 3:5] += (torch.randint(0, 2, (M, 2, 28)) - 0.5) * (40 / 127.5)
     if kind == "discrete":
@@ -287,29 +274,22 @@ def known(kind, n, monkeypatch):
 @pytest.mark.parametrize("kind", ["diffusion", *bfn.TYPES])
 def test_bound_is_tight_for_known_images(kind, monkeypatch):
     """It comes to ln M, the fewest nats that tell which of M images it is, and the cost of the last step."""
-    bound, _, x, _, last = known(kind, 8000, monkeypatch)
-    terms = list(bound(None, x, None).values())
-    total = sum(terms)
-    error = (total.std() / len(total) ** 0.5).item()
-    assert terms[-1].mean() == pytest.approx(last, rel=1e-3, abs=1e-3)
-    assert error < 0.09
-    assert total.mean() == pytest.approx(math.log(M) + last, abs=4 * error)
+    bound, _, x, images, last = known(kind, 8000, monkeypatch)
+    nats = bound(None, x, None)
+    error = (nats.std() / len(nats) ** 0.5).item()
+    assert error < 0.09 and nats.mean() == pytest.approx(math.log(len(images)) + last, abs=4 * error)
 
 
 @pytest.mark.parametrize("kind, sampler, steps", [
     ("diffusion", "ancestral", 1000), ("diffusion", "ancestral", 100), ("diffusion", "ddim", 50),
     *[(kind, *how) for kind in bfn.TYPES for how in (("mean", 100), ("paper", 300), ("ode", 30))]])
 def test_sampler_draws_known_images_equally_often(kind, sampler, steps, monkeypatch):
-    _, sample, _, images, _ = known(kind, M, monkeypatch)
-    for _, drawn in sample(None, torch.zeros(100, dtype=torch.int64), steps, sampler, guidance=1):
-        pass
+    _, sample, _, images, _ = known(kind, 4, monkeypatch)
+    *_, (_, drawn) = sample(None, torch.zeros(100, dtype=torch.int64), steps, sampler, guidance=1)
     distance, index = (drawn[:, None] - images[None]).abs().flatten(2).amax(2).min(1)
     assert distance.max() < 1 / 255
-    counts = index.bincount(minlength=M)
-    assert (counts - 100 / M).abs().max() < 4 * (100 / M * (1 - 1 / M)) ** 0.5
+    assert (index.bincount(minlength=4) - 25).abs().max() < 4 * (25 * 3 / 4) ** 0.5
 
-
-# --------------------------------------------------------------------------------------------- network and plumbing
 
 def test_shuffle_unit_starts_as_the_channel_shuffle():
     """Of two groups: channel 2 i + j comes from channel j C / 2 + i (ShuffleNet §3.1); in channels_last memory."""
@@ -317,8 +297,7 @@ def test_shuffle_unit_starts_as_the_channel_shuffle():
     x = torch.randn(2, C, 3, 3).to(memory_format=torch.channels_last)
     shuffled = common.ShuffleUnit(C, 4)(x, torch.randn(2, 4))
     assert shuffled.is_contiguous(memory_format=torch.channels_last)
-    for i in range(C):
-        assert torch.equal(shuffled[:, i], x[:, i % 2 * C // 2 + i // 2])
+    assert all(shuffled[:, i].equal(x[:, i % 2 * C // 2 + i // 2]) for i in range(C))
 
 
 def test_averaged_weights():
@@ -348,13 +327,12 @@ def test_measures_tell_good_digits_from_bad_ones(tmp_path):
     (tmp_path / "classifier-drawn-digits-6000.pt").write_bytes(b"broken")
     net = common.trained_classifier(name, *train, tmp_path)
     assert common.trained_classifier(name, *train, tmp_path)[0].weight.equal(net[0].weight)
-    real, _, _ = common.classify(net, images[:2000], labels[:2000])
-    images, labels = common.to_float(images[2000:4000]), labels[2000:4000]
-    noisy = [common.to_uint8(images + sigma * torch.randn(images.shape)) for sigma in (0, 0.3, 0.6, 1.2)]
-    features, right, clear = zip(*[common.classify(net, part, labels) for part in noisy])
-    distances = [common.frechet_distance(part, real) for part in features]
-    assert distances == sorted(distances) and min(right[0], clear[0]) > 0.9
-    assert (right, clear) == (tuple(sorted(right, reverse=True)), tuple(sorted(clear, reverse=True)))
+    real, found = common.classify(net, images[3000:], labels[3000:])[0], []
+    for noise in (0, 0.3, 0.6, 1.2):
+        noisy = common.to_uint8(common.to_float(images[:3000]) + noise * torch.randn(3000, 1, 28, 28))
+        features, right, clear = common.classify(net, noisy, labels[:3000])
+        found.append((common.frechet_distance(features, real), -right, -clear))
+    assert all(list(values) == sorted(values) for values in zip(*found)) and max(found[0][1:]) < -0.9
 
 
 class AppleGPU(TorchDispatchMode):
@@ -380,22 +358,20 @@ def test_apple_gpus_can_do_all_that_is_used(kind, monkeypatch):
         pytest.skip("this torch cannot train group norms on Apple's GPUs")
     monkeypatch.setattr(common, "discretized_normal_nll", lambda x, mean, std: x)  # it works on the CPU
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # it looks at values: meta has none
-    module, data = (bfn, [bfn.TYPES[kind]()]) if kind in bfn.TYPES else (diffusion, [])
+    data = bfn.TYPES.get(kind, bfn.Continuous)()
+    module, first = (diffusion, []) if kind == "diffusion" else (bfn, [data])
     images, label = torch.zeros(4, 1, 28, 28, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
-    net = common.UNet(data[0].channels, data[0].out_channels) if data else common.UNet(1, 1)
-    net = net.to("meta")
+    net = common.UNet(data.channels, data.out_channels).to("meta")
     ema, optimizer = common.ema(net), torch.optim.Adam(net.parameters(), lr=0.01)
     with AppleGPU():
         for _ in range(2):
-            module.loss(*data, net, data[0].encode(images) if data else images, label).backward()
+            module.loss(*first, net, data.encode(images), label).backward()
             optimizer.step()
             ema.update_parameters(net)
-        module.bound(*data, ema, images, label)
-        for sampler in ("mean", "paper", "ode") if data else ("ancestral", "ddim"):
-            list(module.sample(*data, ema, label, 3, sampler, guidance=2))
+        module.bound(*first, ema, images, label)
+        for sampler in ("mean", "paper", "ode") if first else ("ancestral", "ddim"):
+            list(module.sample(*first, ema, label, 3, sampler, guidance=2))
 
-
-# ------------------------------------------------------------------------------------------------ from end to end
 
 SCRIPTS = {"diffusion": ["diffusion.py"], **{f"bfn-{kind}": ["bfn.py", "--data-type", kind] for kind in bfn.TYPES}}
 QUICK = "--dataset drawn --limit 64 --batch-size 16 --steps 4 --device cpu --data-dir none".split()
@@ -446,8 +422,6 @@ def test_what_a_run_leaves(out):
                         "training.png", "samples.png", "steps.png", "curves.png", "process.gif"}
         told = metrics(out / name)
         assert told["settings"]["dataset"] == "drawn digits" and len({row["test"] for row in told["history"]}) == 2
-        assert sum(told["final"]["parts"].values()) == pytest.approx(told["final"]["bound"], rel=1e-5)
-        assert told["final"]["parts"]["label"] == pytest.approx(math.log2(10) / 784)
     assert {path.name for path in (out / "comparison").iterdir()} == {"samples.png", "steps.png", "curves.png",
                                                                       "process.gif", "table.md"}
 
@@ -481,30 +455,28 @@ def test_other_data_types_train_and_sample(name, tmp_path):
     main(name, tmp_path, "--epochs", "1")
     main(name, tmp_path, "--sample", 12, "--sampler", "paper", "--label", 7)
     images = torch.load(tmp_path / name / "samples.pt", weights_only=True)
-    assert images.shape == (12, 1, 28, 28) and images.dtype == torch.uint8
-    assert (tmp_path / name / "drawn.png").exists()
+    assert images.shape == (12, 1, 28, 28) and images.dtype == torch.uint8 and (tmp_path / name / "drawn.png").exists()
     assert name == "bfn-discretized" or set(images.unique().tolist()) <= {0, 255}
 
 
 def test_without_labels_the_network_is_never_told_any(tmp_path, monkeypatch):
-    seen, forward = [], common.UNet.forward
-    monkeypatch.setattr(common.UNet, "forward", lambda net, *inputs: seen.append(inputs[2]) or forward(net, *inputs))
+    seen, forward = [], torch.nn.Embedding.forward
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda net, label: seen.append(label) or forward(net, label))
+    monkeypatch.setattr(diffusion, "bound", lambda net, x, label: torch.zeros(len(x)))
     main("diffusion", tmp_path, "--epochs", 1, "--no-labels")
     assert (torch.cat(seen) == common.NULL_LABEL).all()
     final = metrics(tmp_path / "diffusion")["final"]
-    assert "label" not in final["parts"] and final["guidance"] == 1
-    seen.clear()
-    main("bfn-continuous", tmp_path, "--epochs", 1, "--guidance", 1)
-    assert 0 < (torch.cat(seen) == common.NULL_LABEL).float().mean() < 0.6
+    assert final["bound"] == 0 and final["guidance"] == 1
     with pytest.raises(SystemExit, match="no_labels True there, False here"):
         main("diffusion", tmp_path, "--sample", 3)
+    seen.clear()
+    main("diffusion", tmp_path / "told", "--epochs", 1, "--guidance", 1)
+    assert 0 < (torch.cat(seen) == common.NULL_LABEL).float().mean() < 0.6
+    assert metrics(tmp_path / "told/diffusion")["final"]["bound"] == pytest.approx(math.log2(10) / 784)
 
 
 def test_finished_run_only_redraws_and_fresh_starts_over(out, tmp_path):
-    folder, earlier = tmp_path / "bfn-discrete", tmp_path / "diffusion"
-    earlier.mkdir()  # a run of an earlier version is not compared
-    (earlier / "metrics.json").write_text(json.dumps({"settings": {}, "history": [], "final": {"bound": 1}}))
-    torch.save({"steps": 4}, earlier / "trace.pt")
+    folder = tmp_path / "bfn-discrete"
     main("bfn-discrete", tmp_path, "--epochs", 2)
     before = (folder / "checkpoint.pt").read_bytes()
     (folder / "curves.png").unlink()
@@ -525,7 +497,6 @@ def test_an_epoch_is_saved_before_it_is_printed(tmp_path, monkeypatch):
 
 
 def test_surroundings_do_not_matter_and_stay_as_they_are(tmp_path, monkeypatch):
-    """No stdout, LaTeX switched on where there is none, a folder in the home folder."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -538,15 +509,8 @@ def test_surroundings_do_not_matter_and_stay_as_they_are(tmp_path, monkeypatch):
     assert sys.stdout.getvalue() == "runs\n"
 
 
-def test_a_foreseen_failure_is_one_line(tmp_path):
-    process = start("diffusion", tmp_path / "new", "--sample", "3")
-    text, error = process.communicate(timeout=600)
-    assert (process.returncode, text, error.count("\n")) == (1, "", 1) and error.startswith("error: ")
-    assert not (tmp_path / "new").exists()
-
-
 @pytest.mark.parametrize("flags", ["--epochs -1", "--epochs x", "--steps 0", "--batch-size 0", "--limit 0", "--lr 0",
-                                   "--lr inf", "--seed -1", "--batch-size 65", "--sample 1 --fresh", "--label 3",
+                                   "--lr inf", "--batch-size 65", "--sample 1 --fresh", "--label 3",
                                    "--sample 1 --label 10", "--no-labels --guidance 1.5"])
 def test_bad_arguments(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -554,35 +518,21 @@ def test_bad_arguments(flags, tmp_path, capsys):
     assert stop.value.code == 2 and not (tmp_path / "new").exists()
 
 
-def test_impossible_settings(out, tmp_path):
+def test_impossible_settings_are_refused_before_training(out, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "loss", None)
     (tmp_path / "file").write_text("")
     shutil.copytree(out / "bfn-continuous", tmp_path / "renamed" / "diffusion")
     for folder, flags, message in [
             (tmp_path / "new", ["--dataset", "mnist", "--data-dir", tmp_path / "file"], "could not be read or down"),
+            (tmp_path / "new", ["--sample", 3], "^error: .* no trained network to sample from; train one first[^\n]*$"),
             (tmp_path / "new", ["--device", "mps" if torch.cuda.is_available() else "cuda"], "torch finds no"),
-            (tmp_path / "file", [], "cannot be written to"), (out, ["--seed", 5], "seed 0 there, 5 here"),
-            (tmp_path / ("a" * 300), [], "cannot be read"), (tmp_path / "renamed", [], "model bfn-continuous there"),
+            (tmp_path / "file", [], "could not be written"), (out, ["--seed", 5], "seed 0 there, 5 here"),
+            (tmp_path / ("a" * 300), [], "is unreadable"), (tmp_path / "renamed", [], "model bfn-continuous there"),
             (out, ["--lr", 0.1], "lr 0.002 there, 0.1 here"), (out, ["--batch-size", 32], "batch_size"),
-            (out, ["--limit", 63], "limit.*--dataset drawn"), (out, ["--no-labels"], "no_labels")]:
+            (out, ["--limit", 63], "limit"), (out, ["--no-labels"], "no_labels")]:
         with pytest.raises(SystemExit, match=message):
-            main("diffusion", folder, "--epochs", 2, *flags)
+            main("diffusion", folder, "--epochs", 3, *flags)
         assert not (tmp_path / "new").exists()
-
-
-def test_a_folder_that_cannot_be_written_to_is_noticed_before_training(tmp_path, monkeypatch):
-    def refuse(dir):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(common.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(diffusion, "loss", None)
-    with pytest.raises(SystemExit, match="cannot be written to .Permission denied"):
-        main("diffusion", tmp_path, "--epochs", 1)
-
-
-def test_checkpoints_of_another_network_are_refused(out, monkeypatch):
-    monkeypatch.setattr(common, "UNet", functools.partial(common.UNet, width=32))
-    for flags in (["--epochs", 3], ["--sample", 1]):
-        with pytest.raises(SystemExit, match="of another network"):
-            main("diffusion", out, *flags)
 
 
 def test_data_of_all_kinds(tmp_path, monkeypatch):
@@ -601,21 +551,22 @@ def test_data_of_all_kinds(tmp_path, monkeypatch):
     for _ in range(2):
         name, *parts = common.load_data("auto", tmp_path, 0, 80)
         assert name == "MNIST" and [len(part[0]) for part in parts] == [80, 80]
-        monkeypatch.setattr(common, "download", None)  # now they are there
+        monkeypatch.setattr(torchvision.datasets.MNIST, "download", None)  # now they are there
     for broken in (images[:5000], images[:-1], b""):
         (raw / "t10k-images-idx3-ubyte").write_bytes(broken)
         with pytest.raises(SystemExit, match="MNIST"):
             common.load_data("auto", tmp_path, 0)
 
 
-def test_unusable_checkpoints_are_named_and_kept(out, tmp_path):
+def test_unusable_checkpoints_are_named_and_kept(out, tmp_path, monkeypatch):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "evil"),)
     good = (out / "diffusion" / "checkpoint.pt").read_bytes()
     path = tmp_path / "diffusion" / "checkpoint.pt"
     path.parent.mkdir()
-    bad = [good[:len(good) // 2], bytes(len(good)), os.urandom(1000), b""]
+    bad = [good, good[:len(good) // 2], bytes(len(good)), os.urandom(1000), b""]
+    monkeypatch.setattr(common, "UNet", functools.partial(common.UNet, width=32))  # for which the good one is bad
     for state in ({"settings": Evil()}, {"format": 2, "settings": {}}, [1, 2]):  # the second is of an earlier version
         torch.save(state, path)
         bad.append(path.read_bytes())
@@ -628,17 +579,18 @@ def test_unusable_checkpoints_are_named_and_kept(out, tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    def full(temporary):
-        temporary.write_text("ne")
+    def full(self, content=b"", **kwargs):
+        self.touch()
         raise OSError(28, "No space left on device")
     path = tmp_path / "checkpoint.pt"
     path.write_text("old")
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(SystemExit, match="No space left"):
-        common.write(path, full)
+        common.write(path, lambda file: file.write(b"new"))
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    monkeypatch.setattr(Path, "unlink", lambda *_, **__: full(path.with_name("new")))  # on a disk that is read-only
+    monkeypatch.setattr(Path, "unlink", full)  # on a disk that is read-only
     with pytest.raises(SystemExit, match="No space left"):
-        common.write(path, full)
+        common.write(path, lambda file: file.write(b"new"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
