@@ -22,7 +22,7 @@ import torch
 
 import common
 
-T_MIN = 1e-5  # the earliest t: at 0, theta is 0, and the ratio of its noise to its signal is infinite
+T_MIN = 1e-5  # the earliest t: at 0, the noise level is infinite
 
 
 # -------------------------------------------------------------------------------------------------- the messages
@@ -34,6 +34,7 @@ T_MIN = 1e-5  # the earliest t: at 0, theta is 0, and the ratio of its noise to 
 # (eq. 86), times alpha. In these units Bayes' rule is an addition, theta' = theta + y: theta is the sum of all messages
 # so far, and beta their total accuracy. Bob's belief is, for grey values, a Gaussian of mean mu = theta / (1 + beta)
 # and precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior).
+# theta / beta = s(x) + sigma eps is an image with noise of the level sigma = sqrt(c / beta).
 
 def sender(data, x, alpha, eps):
     """A message y about x of accuracy alpha, [B, 1, 1, 1], made from noise eps ~ N(0, I) of x's shape."""
@@ -59,7 +60,7 @@ class Continuous:
     unit = "bits/dim"
     c = channels = out_channels = 1  # channels are those of x, out_channels those of the network
     sigma_1 = 0.001  # std of Bob's belief at t = 1
-    warp = 4  # of time, see `loss`: a digit takes shape before t = 0.1
+    warp = 4  # of time, see `loss`
 
     encode = decode = s = staticmethod(lambda x: x)
 
@@ -74,15 +75,17 @@ class Continuous:
         return theta / (1 + self.beta(t))
 
     def output(self, net, theta, t, label):
-        """In the paper, the network sees mu and predicts eps (eq. 84), whose error is multiplied by sigma in x_hat.
-        Not so here: as in diffusion.py, it sees z and predicts v, whose error is multiplied by less than 1:
+        """Not in the paper: as in diffusion.py, the network sees z and sigma, and predicts v:
 
-        z = (x + sigma eps) / sqrt(1 + sigma^2) = mu sqrt(1 + sigma^2)      where sigma = 1 / sqrt(beta)
-        v = (eps - sigma x) / sqrt(1 + sigma^2), so that x_hat = (z - sigma v) / sqrt(1 + sigma^2)"""
+        z = (x + sigma eps) / sqrt(1 + sigma^2) = mu sqrt(1 + sigma^2)
+        v = (eps - sigma x) / sqrt(1 + sigma^2), so that x_hat = (z - sigma v) / sqrt(1 + sigma^2)
+
+        In the paper, it sees mu and t, and predicts eps (eq. 84). In x_hat, sigma multiplies the error of eps, which
+        is large early on; it multiplies that of v by less than 1."""
         sigma = self.beta(t) ** -0.5
         scale = (1 + sigma ** 2).sqrt()
         z = self.belief(theta, t) * scale
-        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std: for Discretized only
+        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std is empty, but for Discretized
         return torch.cat([(z - sigma * v) / scale, (sigma / scale).log() + ln_std], dim=1)  # sigma / scale: Bob's std
 
     def mean(self, output):
@@ -138,8 +141,8 @@ class Discrete:
         return theta.softmax(1)
 
     def output(self, net, theta, t, label):
-        """Not in the paper: theta, what a pixel's own messages tell of it, is added to the network's output; and the
-        network is given the noise level sigma of theta / beta = s(x) + sigma eps, not t."""
+        """Not in the paper: theta, which is what a pixel's own messages tell of it, is added to the network's output.
+        The network is given sigma instead of t."""
         return theta + net(2 * theta.softmax(1) - 1, (self.K / self.beta(t)).sqrt(), label)
 
     def mean(self, output):
@@ -170,17 +173,19 @@ def loss_at(data, net, x, t, label):
 
 
 def loss(data, net, x, label):
-    """Algorithms 2, 5, 8, if warp = 1: L_inf per pixel, a scalar. (L_r, see `bound`, is small, and left out.)
+    """L_inf per pixel, a scalar: algorithms 2, 5, 8, if warp were 1. (L_r, see `bound`, is small, and left out.)
 
-    Not in the paper: t = u^warp, u uniform, and not reweighted. So the loss favours early times; digits are better."""
+    Not in the paper: t is u^warp, u uniform, with no weight to undo that. So the loss favours early times, when a digit
+    takes shape (before t = 0.1), and digits become better."""
     t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device) ** data.warp
     return loss_at(data, net, x, t, label).mean() / 784
 
 
 # ---------------------------------------------------------------------------------------------------- the sampler
 def guided_output(data, net, theta, t, label, guidance):
-    """Not in the paper: if guidance is not 1, it exaggerates the effect of the label, compared to the null label
-    (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598; guidance is their 1 + w): digits become clearer."""
+    """Not in the paper: with guidance above 1, the output goes beyond the one for the label, away from the one for the
+    null label, which stands for all digits (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598): digits
+    become clearer."""
     output = data.output(net, theta, t, label)
     if guidance != 1:
         output_null = data.output(net, theta, t, torch.full_like(label, common.NULL_LABEL))
@@ -190,13 +195,13 @@ def guided_output(data, net, theta, t, label, guidance):
 
 @torch.no_grad()
 def sample(data, net, label, steps, sampler, guidance):
-    """Draws an image for each label [N]: yields (belief, x_hat), each [N, 1, 28, 28], before each step, and last
-    (belief, a draw from the output distribution). "paper", with guidance = 1, is algorithms 3, 6, 9: even times, and
-    messages about draws from the output distribution (for continuous data, x_hat).
+    """Draws an image for each label [N]: yields (belief, x_hat), each [N, 1, 28, 28], before each step; the last pair
+    is (belief, a draw from the output distribution). With sampler "paper" and guidance 1 this is algorithms 3, 6, 9:
+    even times, and messages about draws from the output distribution (for continuous data, x_hat).
 
-    Not in the paper: in "mean", messages are about x_hat, the average draw; "ode" adds no new noise: it solves
-    theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps) (both: Xue et al. 2024, arXiv 2404.15766).
-    Their times are u^warp, as in training. They need fewer steps."""
+    Not in the paper: the samplers "mean" and "ode" (Xue et al. 2024, arXiv 2404.15766), which need fewer steps. Times
+    are u^warp, as in training. In "mean", messages are about x_hat, the average draw. "ode" has no new noise: it solves
+    theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else u ** data.warp)
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)
@@ -219,12 +224,12 @@ def sample(data, net, label, steps, sampler, guidance):
 # ------------------------------------------------------------------------------------------------- the likelihood
 @torch.no_grad()
 def bound(data, net, images, label):
-    """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf (from T_MIN on), the cost of the messages,
-    and L_r, that of the image given Bob's last prediction."""
+    """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf, the cost of the messages, and L_r, the cost
+    of the image itself, given Bob's last prediction."""
     x = data.encode(images)
-    u = (torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)) % 1  # uniform, evenly spread
-    messages = loss_at(data, net, x, T_MIN + (1 - T_MIN) * u, label)
-    t = torch.ones_like(u)
+    t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device)
+    messages = loss_at(data, net, x, t, label)
+    t = torch.ones_like(t)
     output = data.output(net, flow(data, x, t, torch.randn_like(x)), t, label)
     return messages + data.nll(output, x).flatten(1).sum(1)
 

@@ -38,12 +38,6 @@ def signal_and_noise(t):
     return angle.cos().clamp(min=0), angle.sin()  # rounding makes cos(pi/2) negative
 
 
-def snr(t):
-    """The signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t)."""
-    signal, noise = signal_and_noise(t)
-    return (signal / noise) ** 2
-
-
 def q_sample(x_0, t, eps):
     """A draw of x_t from q(x_t | x_0) (eq. 4), made from noise eps ~ N(0, I), all [B, 1, 28, 28]."""
     signal, noise = signal_and_noise(t)
@@ -54,9 +48,9 @@ def q_sample(x_0, t, eps):
 def loss(net, x_0, label):
     """Algorithm 1 without the gradient step: the mean squared error at random t, a scalar.
 
-    Not in the paper: at T, x_t is eps itself, and predicting eps teaches nothing. So the network predicts
-    v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 instead (Salimans & Ho 2022, arXiv 2202.00512), which is -x_0
-    at T. It is given noise / signal, which may be infinite, instead of t.
+    Not in the paper: the network predicts v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 instead of eps
+    (Salimans & Ho 2022, arXiv 2202.00512). At T, where x_t is eps itself, v is -x_0, and there is something to learn.
+    The network is given the noise level noise / signal instead of t, as in bfn.py (at T it is infinite).
     """
     t = torch.randint(1, T + 1, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -69,9 +63,9 @@ def loss(net, x_0, label):
 def predict_x_0(net, x_t, t, label, guidance=1):
     """The prediction of x_0, [B, 1, 28, 28]: x_0_hat = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v.
 
-    Not in the paper: x_0_hat is clipped to the range of pixels (as in its code; this buys 0.04 bits/dim). If guidance
-    is not 1, it exaggerates the effect of the label, compared to the null label (classifier-free guidance, Ho &
-    Salimans 2022, arXiv 2207.12598; guidance is their 1 + w): digits become clearer.
+    Not in the paper: x_0_hat is clipped to the range of pixels (as in its code; this buys 0.04 bits/dim). With guidance
+    above 1, v goes beyond the prediction for the label, away from the one for the null label, which stands for all
+    digits (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598): digits become clearer.
     """
     signal, noise = signal_and_noise(t)
     v = net(x_t, noise / signal, label)
@@ -83,12 +77,13 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 
 @torch.no_grad()
 def sample(net, label, steps, sampler, guidance):
-    """Algorithm 2, with sigma_t^2 = beta_tilde_t, if steps = T, sampler = "ancestral" and guidance = 1. Draws an image
-    for each label [N]: yields (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last (x_0, x_0).
+    """Draws an image for each label [N]: yields (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last
+    (x_0, x_0). With T steps, sampler "ancestral" and guidance 1 this is algorithm 2, sigma_t^2 = beta_tilde_t, but for
+    the clipping.
 
-    Not in the paper: a step may go from t to any s < t, so that few steps suffice. In eq. 7, alpha_bar_s then stands
-    for alpha_bar_{t-1}, and beta is 1 - alpha_bar_t / alpha_bar_s. The sampler "ddim" adds no new noise (Song et al.
-    2021, arXiv 2010.02502, eq. 12).
+    Not in the paper: a step may go from t to any s < t, whole or not, so that few steps suffice. In eq. 7, alpha_bar_s
+    takes the place of alpha_bar_{t-1}, and 1 - beta is alpha_bar_t / alpha_bar_s. The sampler "ddim" adds no new noise
+    (Song et al. 2021, arXiv 2010.02502, eq. 12).
     """
     x_t = torch.randn(len(label), 1, 28, 28, device=label.device)
     times = torch.linspace(T, 0, steps + 1, device=label.device)
@@ -97,9 +92,9 @@ def sample(net, label, steps, sampler, guidance):
         yield x_t, x_0_hat
         (signal_t, noise_t), (signal_s, noise_s) = signal_and_noise(t), signal_and_noise(s)
         if sampler == "ancestral":
-            ratio = snr(t) / snr(s)  # eq. 7's beta / (1 - alpha_bar_t) is 1 - ratio; at s = 0, snr is infinite, ratio 0
-            mu_tilde = signal_s * (1 - ratio) * x_0_hat + signal_t / signal_s * (noise_s / noise_t) ** 2 * x_t
-            beta_tilde = (1 - ratio) * noise_s ** 2
+            beta = noise_t ** 2 - (signal_t / signal_s * noise_s) ** 2  # the noise of x_t that is not yet in x_s
+            mu_tilde = (signal_s * beta * x_0_hat + signal_t / signal_s * noise_s ** 2 * x_t) / noise_t ** 2
+            beta_tilde = beta * noise_s ** 2 / noise_t ** 2
             x_t = mu_tilde + beta_tilde.sqrt() * torch.randn_like(x_t)
         else:
             eps_hat = (x_t - signal_t * x_0_hat) / noise_t
@@ -112,10 +107,12 @@ def kl_step(x_0, x_0_hat, t):
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, [B], for t in 2..T (eq. 8); p is q with x_0_hat for x_0.
 
     Both are Gaussians of variance beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t). Their means differ
-    by sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) (x_0 - x_0_hat) (eq. 7). The square of this over
-    2 beta_tilde_t is 1/2 (snr(t-1) - snr(t)) (x_0 - x_0_hat)^2.
+    by sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) (x_0 - x_0_hat) (eq. 7). KL is the square of this difference,
+    divided by 2 beta_tilde_t. With snr = alpha_bar / (1 - alpha_bar) it is 1/2 (snr(t-1) - snr(t)) (x_0 - x_0_hat)^2.
     """
-    return ((snr(t - 1) - snr(t)) / 2 * (x_0 - x_0_hat) ** 2).flatten(1).sum(1)
+    (signal, noise), (signal_before, noise_before) = signal_and_noise(t), signal_and_noise(t - 1)
+    snr, snr_before = (signal / noise) ** 2, (signal_before / noise_before) ** 2
+    return ((snr_before - snr) / 2 * (x_0 - x_0_hat) ** 2).flatten(1).sum(1)
 
 
 @torch.no_grad()
@@ -124,9 +121,9 @@ def bound(net, x_0, label):
 
     L = L_T + sum_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + E[-ln p(x_0 | x_1)]
 
-    L_T is 0, because alpha_bar_T is. Of the sum ("diffusion") one term is drawn for each image and divided by its
-    probability. The probability falls as 1 / t, roughly as the terms do, so that the estimate varies little. In the
-    last term ("decoder") p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13): beta_tilde_1 is 0.
+    L_T is 0, because alpha_bar_T is. Of the sum, one term is drawn for each image and divided by its probability, which
+    falls as 1 / t, roughly as the terms do, so that the estimate varies little. In the last term, p is
+    N(x_0_hat, beta_1 I) (beta_tilde_1 would be 0), discretized into the 256 grey values (eq. 13).
     """
     probability = 1 / torch.arange(2, T + 1, device=x_0.device)
     probability = probability / probability.sum()
