@@ -6,9 +6,9 @@
 
     python bfn.py --data-type continuous      (the default; or discretized, or discrete; --help lists the flags)
 
-Alice sends Bob an image x in noisy messages y, drawn from the sender distribution. Bob's belief about each pixel on its
-own, the input distribution, follows from theta, the sum of all messages, by Bayes' rule. A network sees the beliefs
-about all pixels and predicts each pixel: the output distribution, of mean x_hat. Bob expects messages from the receiver
+Alice sends Bob an image x in noisy messages y, drawn from the sender distribution. By Bayes' rule, the sum theta of all
+messages about a pixel gives Bob's belief about this pixel, the input distribution. A network sees the beliefs about all
+pixels and predicts each pixel: the output distribution, of mean x_hat. Bob expects messages from the receiver
 distribution: the sender distribution, averaged over the output distribution. A message costs KL(sender || receiver)
 nats, and training makes messages cheap. To sample, there is no Alice: Bob makes up her messages from his predictions.
 
@@ -30,9 +30,9 @@ T_MIN = 1e-5  # the earliest t: at 0, the noise level is infinite
 #
 #     y ~ N(alpha s(x), c alpha I)        s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
-# For classes (one-hot) this is eq. 157; for grey values it is the paper's message, x plus noise of variance 1 / alpha
-# (eq. 86), times alpha. In these units Bayes' rule is an addition, theta' = theta + y: theta is the sum of all messages
-# so far, and beta their total accuracy. Bob's belief is, for grey values, a Gaussian of mean mu = theta / (1 + beta)
+# For classes (one-hot) this is eq. 157, for grey values alpha times the message of eq. 86, which is x with noise of
+# variance 1 / alpha. So Bayes' rule is an addition, theta' = theta + y: theta is the sum of all messages so far, and
+# beta their total accuracy. Bob's belief is, for grey values, a Gaussian of mean mu = theta / (1 + beta)
 # and precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior).
 # theta / beta = s(x) + sigma eps is an image with noise of the level sigma = sqrt(c / beta).
 
@@ -80,12 +80,12 @@ class Continuous:
         z = (x + sigma eps) / sqrt(1 + sigma^2) = mu sqrt(1 + sigma^2)
         v = (eps - sigma x) / sqrt(1 + sigma^2), so that x_hat = (z - sigma v) / sqrt(1 + sigma^2)
 
-        In the paper, it sees mu and t, and predicts eps (eq. 84). In x_hat, sigma multiplies the error of eps, which
-        is large early on; it multiplies that of v by less than 1."""
+        In the paper, it sees mu and t, and predicts eps (eq. 84). An error of eps counts sigma times in x_hat, which is
+        many times early on; an error of v counts sigma / sqrt(1 + sigma^2) times, less than once."""
         sigma = self.beta(t) ** -0.5
         scale = (1 + sigma ** 2).sqrt()
         z = self.belief(theta, t) * scale
-        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std is empty, but for Discretized
+        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std: no channels, or of Discretized 1
         return torch.cat([(z - sigma * v) / scale, (sigma / scale).log() + ln_std], dim=1)  # sigma / scale: Bob's std
 
     def mean(self, output):
@@ -98,8 +98,9 @@ class Continuous:
 
 
 class Discretized(Continuous):
-    """Grey values as 256 numbers (§5), k at 2 k / 255 - 1 (the paper has 256 equal bins in [-1, 1]). The output is mean
-    and ln std, [B, 2, 28, 28], of a Gaussian that is discretized."""
+    """Grey values as 256 numbers (§5), 2 k / 255 - 1 for k = 0..255 (in the paper: the middles of 256 equal bins). The
+    output is mean and ln std, [B, 2, 28, 28], of a Gaussian that is discretized. The network's ln std is relative to
+    Bob's std (in the paper: to sigma)."""
 
     out_channels = 2
 
@@ -141,8 +142,8 @@ class Discrete:
         return theta.softmax(1)
 
     def output(self, net, theta, t, label):
-        """Not in the paper: theta, which is what a pixel's own messages tell of it, is added to the network's output.
-        The network is given sigma instead of t."""
+        """Not in the paper: theta, which is what a pixel's own messages tell, is added to the network's output; and the
+        network is given sigma instead of t."""
         return theta + net(2 * theta.softmax(1) - 1, (self.K / self.beta(t)).sqrt(), label)
 
     def mean(self, output):
@@ -173,19 +174,18 @@ def loss_at(data, net, x, t, label):
 
 
 def loss(data, net, x, label):
-    """L_inf per pixel, a scalar: algorithms 2, 5, 8, if warp were 1. (L_r, see `bound`, is small, and left out.)
+    """Algorithms 2, 5, 8: L_inf per pixel, a scalar. (L_r, see `bound`, is small, and left out.)
 
-    Not in the paper: t is u^warp, u uniform, with no weight to undo that. So the loss favours early times, when a digit
-    takes shape (before t = 0.1), and digits become better."""
+    Not in the paper: t is not uniform but u^warp, with uniform u, and the loss is not reweighted for that. It favours
+    early times, when a digit takes shape (before t = 0.1), and digits are better."""
     t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device) ** data.warp
     return loss_at(data, net, x, t, label).mean() / 784
 
 
 # ---------------------------------------------------------------------------------------------------- the sampler
 def guided_output(data, net, theta, t, label, guidance):
-    """Not in the paper: with guidance above 1, the output goes beyond the one for the label, away from the one for the
-    null label, which stands for all digits (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598): digits
-    become clearer."""
+    """Not in the paper: with guidance above 1, digits are clearer (classifier-free guidance, Ho & Salimans 2022, arXiv
+    2207.12598). The output is extrapolated from the one for the null label through the one for the label."""
     output = data.output(net, theta, t, label)
     if guidance != 1:
         output_null = data.output(net, theta, t, torch.full_like(label, common.NULL_LABEL))
@@ -196,12 +196,12 @@ def guided_output(data, net, theta, t, label, guidance):
 @torch.no_grad()
 def sample(data, net, label, steps, sampler, guidance):
     """Draws an image for each label [N]: yields (belief, x_hat), each [N, 1, 28, 28], before each step; the last pair
-    is (belief, a draw from the output distribution). With sampler "paper" and guidance 1 this is algorithms 3, 6, 9:
-    even times, and messages about draws from the output distribution (for continuous data, x_hat).
+    is (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times,
+    and messages about draws from the output distribution (for continuous data, x_hat).
 
     Not in the paper: the samplers "mean" and "ode" (Xue et al. 2024, arXiv 2404.15766), which need fewer steps. Times
-    are u^warp, as in training. In "mean", messages are about x_hat, the average draw. "ode" has no new noise: it solves
-    theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
+    are u^warp, as in training. In "mean", messages are about x_hat, the mean of those draws. "ode" has no new noise: it
+    solves theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else u ** data.warp)
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)
@@ -224,8 +224,8 @@ def sample(data, net, label, steps, sampler, guidance):
 # ------------------------------------------------------------------------------------------------- the likelihood
 @torch.no_grad()
 def bound(data, net, images, label):
-    """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf, the cost of the messages, and L_r, the cost
-    of the image itself, given Bob's last prediction."""
+    """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf, the cost of the messages, plus L_r, that of
+    the image itself, given Bob's last prediction."""
     x = data.encode(images)
     t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device)
     messages = loss_at(data, net, x, t, label)
@@ -253,7 +253,7 @@ def main(argv=None):
     for epoch in range(len(run.history) + 1, args.epochs + 1):  # an interrupted run goes on where it was
         losses = []
         for images, label in run.batches(*train):
-            # Not in the paper: labels (without them digits are far worse). A tenth becomes the null label, for guidance
+            # Not in the paper: labels (without them digits are far worse). For guidance, a tenth is the null label, "any"
             label = label.masked_fill(torch.rand(label.shape, device=label.device) < 0.1, common.NULL_LABEL)
             batch_loss = loss(data, net, data.encode(images), label)
             optimizer.zero_grad()

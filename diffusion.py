@@ -49,8 +49,8 @@ def loss(net, x_0, label):
     """Algorithm 1 without the gradient step: the mean squared error at random t, a scalar.
 
     Not in the paper: the network predicts v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 instead of eps
-    (Salimans & Ho 2022, arXiv 2202.00512). At T, where x_t is eps itself, v is -x_0, and there is something to learn.
-    The network is given the noise level noise / signal instead of t, as in bfn.py (at T it is infinite).
+    (Salimans & Ho 2022, arXiv 2202.00512). At T, x_t is eps itself: to predict eps there teaches nothing; v is -x_0.
+    The network is given the noise level noise / signal instead of t. (It takes its arctangent: at T it is infinite.)
     """
     t = torch.randint(1, T + 1, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -63,9 +63,10 @@ def loss(net, x_0, label):
 def predict_x_0(net, x_t, t, label, guidance=1):
     """The prediction of x_0, [B, 1, 28, 28]: x_0_hat = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v.
 
-    Not in the paper: x_0_hat is clipped to the range of pixels (as in its code; this buys 0.04 bits/dim). With guidance
-    above 1, v goes beyond the prediction for the label, away from the one for the null label, which stands for all
-    digits (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598): digits become clearer.
+    Not in the paper: x_0_hat is clipped to the range of pixels (as in its code; this buys 0.04 bits/dim).
+
+    Not in the paper: with guidance above 1, digits are clearer (classifier-free guidance, Ho & Salimans 2022, arXiv
+    2207.12598). v is extrapolated from the prediction for the null label through the one for the label.
     """
     signal, noise = signal_and_noise(t)
     v = net(x_t, noise / signal, label)
@@ -78,12 +79,12 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 @torch.no_grad()
 def sample(net, label, steps, sampler, guidance):
     """Draws an image for each label [N]: yields (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last
-    (x_0, x_0). With T steps, sampler "ancestral" and guidance 1 this is algorithm 2, sigma_t^2 = beta_tilde_t, but for
-    the clipping.
+    (x_0, x_0). The sampler "ancestral" in T steps is algorithm 2 with sigma_t^2 = beta_tilde_t, written in x_0_hat.
 
     Not in the paper: a step may go from t to any s < t, whole or not, so that few steps suffice. In eq. 7, alpha_bar_s
-    takes the place of alpha_bar_{t-1}, and 1 - beta is alpha_bar_t / alpha_bar_s. The sampler "ddim" adds no new noise
-    (Song et al. 2021, arXiv 2010.02502, eq. 12).
+    takes the place of alpha_bar_{t-1}, and beta is 1 - alpha_bar_t / alpha_bar_s.
+
+    Not in the paper: the sampler "ddim" adds no new noise (Song et al. 2021, arXiv 2010.02502, eq. 12).
     """
     x_t = torch.randn(len(label), 1, 28, 28, device=label.device)
     times = torch.linspace(T, 0, steps + 1, device=label.device)
@@ -92,7 +93,7 @@ def sample(net, label, steps, sampler, guidance):
         yield x_t, x_0_hat
         (signal_t, noise_t), (signal_s, noise_s) = signal_and_noise(t), signal_and_noise(s)
         if sampler == "ancestral":
-            beta = noise_t ** 2 - (signal_t / signal_s * noise_s) ** 2  # the noise of x_t that is not yet in x_s
+            beta = noise_t ** 2 - (signal_t / signal_s * noise_s) ** 2  # 1 - alpha_bar_t / alpha_bar_s, rounded less
             mu_tilde = (signal_s * beta * x_0_hat + signal_t / signal_s * noise_s ** 2 * x_t) / noise_t ** 2
             beta_tilde = beta * noise_s ** 2 / noise_t ** 2
             x_t = mu_tilde + beta_tilde.sqrt() * torch.randn_like(x_t)
@@ -121,9 +122,10 @@ def bound(net, x_0, label):
 
     L = L_T + sum_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + E[-ln p(x_0 | x_1)]
 
-    L_T is 0, because alpha_bar_T is. Of the sum, one term is drawn for each image and divided by its probability, which
-    falls as 1 / t, roughly as the terms do, so that the estimate varies little. In the last term, p is
-    N(x_0_hat, beta_1 I) (beta_tilde_1 would be 0), discretized into the 256 grey values (eq. 13).
+    L_T is 0, because alpha_bar_T is. One t of the sum is drawn for each image, and its term is divided by the
+    probability of t. The terms fall roughly as 1 / t; with probabilities that do so too, the estimate varies little.
+    In the last term, p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13); beta_tilde_1 = 0 would
+    make it infinite.
     """
     probability = 1 / torch.arange(2, T + 1, device=x_0.device)
     probability = probability / probability.sum()
@@ -155,7 +157,7 @@ def main(argv=None):
     for epoch in range(len(run.history) + 1, args.epochs + 1):  # an interrupted run goes on where it was
         losses = []
         for x_0, label in run.batches(*train):
-            # Not in the paper: labels (without them digits are far worse). A tenth becomes the null label, for guidance
+            # Not in the paper: labels (without them digits are far worse). For guidance, a tenth is the null label, "any"
             label = label.masked_fill(torch.rand(label.shape, device=label.device) < 0.1, common.NULL_LABEL)
             batch_loss = loss(net, x_0, label)
             optimizer.zero_grad()
