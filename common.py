@@ -327,7 +327,7 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------- sampling and evaluation
-STEPS, PROCESS_STEPS, GUIDANCE = 30, 1000, 1.15  # defaults of the command line
+STEPS, PROCESS_STEPS, GUIDANCE = 30, 1000, 1.05  # defaults of the command line
 
 
 def draw(sample, labels, args):
