@@ -253,7 +253,7 @@ def main(argv=None):
     for epoch in range(len(run.history) + 1, args.epochs + 1):  # an interrupted run goes on where it was
         losses = []
         for images, label in run.batches(*train):
-            # Not in the paper: labels (without them digits are far worse). For guidance, a tenth is the null label, "any"
+            # Not in the paper: labels; without them digits are far worse. A tenth is the null label, for guidance
             label = label.masked_fill(torch.rand(label.shape, device=label.device) < 0.1, common.NULL_LABEL)
             batch_loss = loss(data, net, data.encode(images), label)
             optimizer.zero_grad()

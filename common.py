@@ -41,9 +41,9 @@ def fail(message):
 
 # ---------------------------------------------------------------------------------------------------------- the network
 def fourier_features(z, sigma):
-    """Sines and cosines of z's pixels, [B, 16, 28, 28], at 8 octaves, the fastest with one period per grey value. They
-    tell neighbouring grey values apart (Kingma et al. 2021, arXiv 2107.00630, app. C): bits/dim 1.6, without 2.8. The
-    noise in z leaves exp(-(omega sigma)^2 / 2) of a wave, on average; scaled by that, waves of mere noise vanish."""
+    """Sines and cosines of z's pixels, [B, 16, 28, 28], at 8 frequencies, the highest with one period per grey value.
+    They tell neighbouring grey values apart (after Kingma et al. 2021, arXiv 2107.00630, app. C): bits/dim 1.6, without
+    2.8. Noise leaves exp(-(omega sigma)^2 / 2) of a wave, on average; scaled by that, waves of mere noise vanish."""
     sigma = sigma.clamp(max=1000)  # it may be infinite
     omega = 2 * math.pi * 127.5 / 2 ** torch.arange(8, device=z.device).view(1, 8, 1, 1)
     damping = torch.exp(-(omega * sigma) ** 2 / 2)
@@ -139,21 +139,21 @@ def ema(net, decay=0.999):
 
 # ------------------------------------------------------------------------------------------------------------- numerics
 def discretized_normal_nll(x, mean, std):
-    """-ln of the mass of N(mean, std^2) in the bin of x, one of the 256 grey values in [-1, 1], in nats; all of one
-    shape, or std one number. A bin reaches half-way to the next value, the first and the last one to infinity (DDPM
-    eq. 13, BFN §5.1). In float64, on the CPU."""
-    x, mean, std = [torch.as_tensor(value).cpu().double() for value in (x, mean, std)]
+    """-ln of the mass of N(mean, std^2) in the bin of x, one of the 256 grey values in [-1, 1], in nats; all of shapes
+    that broadcast. A bin reaches half-way to the next value, the first and the last one to infinity (DDPM eq. 13,
+    BFN §5.1). Computed in float64, on the CPU."""
+    device, (x, mean, std) = x.device, [torch.as_tensor(value).cpu().double() for value in (x, mean, std)]
     low = torch.where(x < -1 + 1 / 255, -math.inf, (x - 1 / 255 - mean) / std)
     high = torch.where(x > 1 - 1 / 255, math.inf, (x + 1 / 255 - mean) / std)
     low, high = torch.where(low + high > 0, torch.stack([-high, -low]), torch.stack([low, high]))  # to the lower tail,
     low, high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)  # where logarithms lose no digits
-    return -(high + torch.log1p(-(low - high).exp())).float()
+    return -(high + torch.log1p(-(low - high).exp())).float().to(device)
 
 
 def discretized_normal_mean(mean, std):
     """The mean of X, N(mean, std^2) rounded to one of the 256 grey values in [-1, 1], all [B, 1, 28, 28]: in units of
     0..255, sum_{j=1..255} P(X > j - 1/2) (BFN §5.5). If std is below 1 unit, terms up to the rounded mean count as 1,
-    later ones as 0, and the ten nearest are corrected. If not, X is not rounded, which is off by 0.02 at most."""
+    later ones as 0, and the ten nearest are corrected. If not, X is clipped but not rounded: 0.02 off at most."""
     normal = torch.distributions.Normal(0.0, 1.0, validate_args=False)
     m, sigma = (mean + 1) * 127.5, std * 127.5
     narrow = near = m.detach().round().clamp(0, 255)
@@ -507,8 +507,8 @@ COMPARED = ["dataset", *SETTINGS, "epochs", "steps", "process_steps", "guidance"
 
 
 def compare(out_dir, name):
-    """Where finished runs of diffusion and of a BFN stand side by side: figures 5 and 6, film, curves and table, from
-    their metrics.json and trace.pt alone. name: the run that has just ended; the others must have its settings."""
+    """Where finished runs of diffusion and of a BFN stand side by side: pictures, curves, film and table, from their
+    metrics.json and trace.pt alone. name: the run that has just ended; the others must have its settings."""
     runs = {}
     for model in MODELS:
         with contextlib.suppress(OSError, ValueError):  # there is none
@@ -577,14 +577,14 @@ def parse_args(description, argv, samplers, data_types=()):
 
 
 def save_samples(name, ema, sample, args):
-    """--sample N: draw N images with the network of a run, into samples.pt, and the first nine as drawn.png."""
+    """--sample N: draw N images with the network of a run, into samples.pt, and the first few as drawn.png."""
     folder, N = args.out_dir / name, args.sample
     state = load_checkpoint(folder / "checkpoint.pt", {"model": name, "no_labels": args.no_labels}, {"ema": ema})
     if not state:
         fail(f"{folder} holds no trained network to sample from; train one first, without --sample")
     images = draw(sample, torch.arange(1, N + 1) % 10 if args.label is None else torch.full((N,), args.label), args)
     write(folder / "samples.pt", lambda file: torch.save(images, file))
-    save_grids(folder / "drawn.png", {"": images[:9]}, f"{name} on {state['settings']['dataset']}")
+    save_grids(folder / "drawn.png", {"": images[:len(PREVIEW_LABELS)]}, f"{name} on {state['settings']['dataset']}")
     print(f"{N} images -> {folder / 'samples.pt'}")
 
 

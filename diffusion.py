@@ -124,7 +124,7 @@ def bound(net, x_0, label):
 
     L_T is 0, because alpha_bar_T is. One t of the sum is drawn for each image, and its term is divided by the
     probability of t. The terms fall roughly as 1 / t; with probabilities that do so too, the estimate varies little.
-    In the last term, p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13); beta_tilde_1 = 0 would
+    In the last term, p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13); beta_tilde_1 = 0 could
     make it infinite.
     """
     probability = 1 / torch.arange(2, T + 1, device=x_0.device)
@@ -157,7 +157,7 @@ def main(argv=None):
     for epoch in range(len(run.history) + 1, args.epochs + 1):  # an interrupted run goes on where it was
         losses = []
         for x_0, label in run.batches(*train):
-            # Not in the paper: labels (without them digits are far worse). For guidance, a tenth is the null label, "any"
+            # Not in the paper: labels; without them digits are far worse. A tenth is the null label, for guidance
             label = label.masked_fill(torch.rand(label.shape, device=label.device) < 0.1, common.NULL_LABEL)
             batch_loss = loss(net, x_0, label)
             optimizer.zero_grad()
