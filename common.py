@@ -468,7 +468,7 @@ def save_curves(path, runs, title):
             axis.errorbar(x, y, error if column == "test" else None, fmt=".-", label=run["title"])
         axis.set(xlabel="epoch", ylabel=label)
         axis.locator_params(axis="x", integer=True, min_n_ticks=1)
-        axis.legend(loc="center right")
+        axis.legend()
     write(path, figure.savefig)
 
 
