@@ -511,7 +511,7 @@ def compare(out_dir, name):
     metrics.json and trace.pt alone. name: the run that has just ended; the others must have its settings."""
     runs = {}
     for model in MODELS:
-        with contextlib.suppress(OSError, ValueError):  # there is none
+        with contextlib.suppress(Exception):  # there is none, or a broken one
             metrics = json.loads((out_dir / model / "metrics.json").read_text(encoding="utf-8"))
             trace = torch.load(out_dir / model / "trace.pt", weights_only=True)
             runs[model] = {**metrics, **metrics["settings"], **metrics["final"], "trace": trace}
