@@ -580,7 +580,7 @@ def test_unusable_checkpoints_are_named_and_kept(out, tmp_path, monkeypatch):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(self, content=b"", **kwargs):
-        self.touch()
+        self.write_text("ne")
         raise OSError(28, "No space left on device")
     path = tmp_path / "checkpoint.pt"
     path.write_text("old")
