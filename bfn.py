@@ -32,9 +32,9 @@ T_MIN = 1e-5  # the earliest t: at 0, the noise level is infinite
 #
 # For classes (one-hot) this is eq. 157, for grey values alpha times the message of eq. 86, which is x with noise of
 # variance 1 / alpha. So Bayes' rule is an addition, theta' = theta + y: theta is the sum of all messages so far, and
-# beta their total accuracy. Bob's belief is, for grey values, a Gaussian of mean mu = theta / (1 + beta)
-# and precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior).
-# theta / beta = s(x) + sigma eps is an image with noise of the level sigma = sqrt(c / beta).
+# beta their total accuracy. Bob's belief is, for grey values, a Gaussian of mean mu = theta / (1 + beta) and precision
+# 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior). theta / beta, which is
+# s(x) + sigma eps, has the noise level sigma = sqrt(c / beta).
 
 def sender(data, x, alpha, eps):
     """A message y about x of accuracy alpha, [B, 1, 1, 1], made from noise eps ~ N(0, I) of x's shape."""
@@ -196,8 +196,8 @@ def guided_output(data, net, theta, t, label, guidance):
 @torch.no_grad()
 def sample(data, net, label, steps, sampler, guidance):
     """Draws an image for each label [N]: yields (belief, x_hat), each [N, 1, 28, 28], before each step; the last pair
-    is (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times,
-    and messages about draws from the output distribution (for continuous data, x_hat).
+    is (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times
+    (from T_MIN on), and messages about draws from the output distribution (for continuous data, x_hat).
 
     Not in the paper: the samplers "mean" and "ode" (Xue et al. 2024, arXiv 2404.15766), which need fewer steps. Times
     are u^warp, as in training. In "mean", messages are about x_hat, the mean of those draws. "ode" has no new noise: it

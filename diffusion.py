@@ -79,7 +79,7 @@ def predict_x_0(net, x_t, t, label, guidance=1):
 @torch.no_grad()
 def sample(net, label, steps, sampler, guidance):
     """Draws an image for each label [N]: yields (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last
-    (x_0, x_0). The sampler "ancestral" in T steps is algorithm 2 with sigma_t^2 = beta_tilde_t, written in x_0_hat.
+    (x_0, x_0). The sampler "ancestral" in T steps is algorithm 2 with sigma_t^2 = beta_tilde_t, in clipped x_0_hat.
 
     Not in the paper: a step may go from t to any s < t, whole or not, so that few steps suffice. In eq. 7, alpha_bar_s
     takes the place of alpha_bar_{t-1}, and beta is 1 - alpha_bar_t / alpha_bar_s.
