@@ -22,7 +22,7 @@ import torch
 
 import common
 
-T_MIN = 1e-5  # the earliest t: at 0, the noise level is infinite
+T_MIN = 1e-5  # the earliest t; at 0, the noise level would be infinite (in the paper, x_hat = 0 up to a t_min)
 
 
 # -------------------------------------------------------------------------------------------------- the messages
@@ -30,11 +30,11 @@ T_MIN = 1e-5  # the earliest t: at 0, the noise level is infinite
 #
 #     y ~ N(alpha s(x), c alpha I)        s(x) = x, c = 1 for grey values; s(x) = K x - 1, c = K for one of K classes
 #
-# For classes (one-hot) this is eq. 157, for grey values alpha times the message of eq. 86, which is x with noise of
-# variance 1 / alpha. So Bayes' rule is an addition, theta' = theta + y: theta is the sum of all messages so far, and
-# beta their total accuracy. Bob's belief is, for grey values, a Gaussian of mean mu = theta / (1 + beta) and precision
-# 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior). theta / beta, which is
-# s(x) + sigma eps, has the noise level sigma = sqrt(c / beta).
+# For classes (one-hot) this is eq. 157. For grey values, the paper's message is y / alpha, which is x with noise of
+# variance 1 / alpha (eq. 86). Bayes' rule becomes an addition, theta' = theta + y: theta is the sum of all messages so
+# far, and beta their total accuracy. Bob's belief is, for grey values, a Gaussian of mean mu = theta / (1 + beta) and
+# precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior). theta / beta is
+# distributed as s(x) + sigma eps, with the noise level sigma = sqrt(c / beta).
 
 def sender(data, x, alpha, eps):
     """A message y about x of accuracy alpha, [B, 1, 1, 1], made from noise eps ~ N(0, I) of x's shape."""
@@ -75,21 +75,22 @@ class Continuous:
         return theta / (1 + self.beta(t))
 
     def output(self, net, theta, t, label):
-        """Not in the paper: as in diffusion.py, the network sees z and sigma, and predicts v:
+        """Not in the paper: the network sees z and sigma, as in diffusion.py, and predicts v:
 
         z = (x + sigma eps) / sqrt(1 + sigma^2) = mu sqrt(1 + sigma^2)
         v = (eps - sigma x) / sqrt(1 + sigma^2), so that x_hat = (z - sigma v) / sqrt(1 + sigma^2)
 
-        In the paper, it sees mu and t, and predicts eps (eq. 84). An error of eps counts sigma times in x_hat, which is
-        many times early on; an error of v counts sigma / sqrt(1 + sigma^2) times, less than once."""
+        In the paper, it sees mu and t, and predicts eps (eq. 84). In x_hat, an error of eps is multiplied by sigma,
+        which is large early on, an error of v by sigma / sqrt(1 + sigma^2), which is below 1."""
         sigma = self.beta(t) ** -0.5
         scale = (1 + sigma ** 2).sqrt()
         z = self.belief(theta, t) * scale
-        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std: no channels, or of Discretized 1
-        return torch.cat([(z - sigma * v) / scale, (sigma / scale).log() + ln_std], dim=1)  # sigma / scale: Bob's std
+        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std: only for Discretized (else 0 channels)
+        std = sigma / scale  # of Bob's belief
+        return torch.cat([(z - sigma * v) / scale, std.log() + ln_std], dim=1)
 
     def mean(self, output):
-        return output.clamp(-1, 1)
+        return output.clamp(-1, 1)  # as in the paper
 
     draw = mean
 
@@ -120,7 +121,8 @@ class Discrete:
 
     unit = "nats/image"
     K = c = channels = out_channels = 2
-    beta_1, warp = 9, 1.5  # beta(1): of the paper's released configuration
+    beta_1 = 9  # beta(1), as in the paper's code
+    warp = 1.5
 
     def encode(self, images):
         white = torch.rand_like(images) < (images + 1) / 2  # dynamic binarisation
@@ -142,9 +144,9 @@ class Discrete:
         return theta.softmax(1)
 
     def output(self, net, theta, t, label):
-        """Not in the paper: theta, which is what a pixel's own messages tell, is added to the network's output; and the
+        """Not in the paper: theta, which is what a pixel's own messages tell, is added to the network's output, and the
         network is given sigma instead of t."""
-        return theta + net(2 * theta.softmax(1) - 1, (self.K / self.beta(t)).sqrt(), label)
+        return theta + net(2 * self.belief(theta, t) - 1, (self.K / self.beta(t)).sqrt(), label)
 
     def mean(self, output):
         return output.softmax(1)
@@ -176,38 +178,28 @@ def loss_at(data, net, x, t, label):
 def loss(data, net, x, label):
     """Algorithms 2, 5, 8: L_inf per pixel, a scalar. (L_r, see `bound`, is small, and left out.)
 
-    Not in the paper: t is not uniform but u^warp, with uniform u, and the loss is not reweighted for that. It favours
-    early times, when a digit takes shape (before t = 0.1), and digits are better."""
+    Not in the paper: t is not uniform but u^warp, with uniform u, and the loss is not reweighted for that. So early
+    times, when a digit takes shape (of grey values before t = 0.1), count more, and digits are better."""
     t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device) ** data.warp
     return loss_at(data, net, x, t, label).mean() / 784
 
 
 # ---------------------------------------------------------------------------------------------------- the sampler
-def guided_output(data, net, theta, t, label, guidance):
-    """Not in the paper: with guidance above 1, digits are clearer (classifier-free guidance, Ho & Salimans 2022, arXiv
-    2207.12598). The output is extrapolated from the one for the null label through the one for the label."""
-    output = data.output(net, theta, t, label)
-    if guidance != 1:
-        output_null = data.output(net, theta, t, torch.full_like(label, common.NULL_LABEL))
-        output = output_null + guidance * (output - output_null)
-    return output
-
-
 @torch.no_grad()
-def sample(data, net, label, steps, sampler, guidance):
-    """Draws an image for each label [N]: yields (belief, x_hat), each [N, 1, 28, 28], before each step; the last pair
-    is (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times
-    (from T_MIN on), and messages about draws from the output distribution (for continuous data, x_hat).
+def sample(data, net, label, steps, sampler):
+    """Draws an image for each label [N]. Yields (belief, x_hat), each [N, 1, 28, 28], before each step, and last
+    (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times (from
+    T_MIN on), and messages about draws from the output distribution (for continuous data, x_hat).
 
     Not in the paper: the samplers "mean" and "ode" (Xue et al. 2024, arXiv 2404.15766), which need fewer steps. Times
-    are u^warp, as in training. In "mean", messages are about x_hat, the mean of those draws. "ode" has no new noise: it
-    solves theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
+    are u^warp, as in training. In "mean", messages are about x_hat, not about a draw. "ode" adds no noise: it solves
+    theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else u ** data.warp)
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)
-    theta = (data.c * data.beta(times[0])).sqrt() * eps  # at T_MIN the signal is negligible
+    theta = (data.c * data.beta(times[0])).sqrt() * eps  # as `flow`, without s(x), which is negligible at T_MIN
     for t, t_next in zip(times[:-1], times[1:]):
-        output = guided_output(data, net, theta, t, label, guidance)
+        output = data.output(net, theta, t, label)
         x_hat = data.mean(output)
         yield data.decode(data.belief(theta, t)), data.decode(x_hat)
         if sampler == "ode":
@@ -217,8 +209,8 @@ def sample(data, net, label, steps, sampler, guidance):
             x = data.draw(output) if sampler == "paper" else x_hat
             y = sender(data, x, data.beta(t_next) - data.beta(t), torch.randn_like(theta))
             theta = theta + y  # Bayes' rule
-    x = data.draw(guided_output(data, net, theta, t_next, label, guidance))
-    yield data.decode(data.belief(theta, t_next)), data.decode(x)
+    x = data.draw(data.output(net, theta, times[-1], label))
+    yield data.decode(data.belief(theta, times[-1])), data.decode(x)
 
 
 # ------------------------------------------------------------------------------------------------- the likelihood
@@ -242,10 +234,11 @@ def main(argv=None):
     net = common.UNet(data.channels, data.out_channels, labels=not args.no_labels).to(args.device)
     ema = common.ema(net)  # averaged weights, for sampling and evaluation
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    draw = functools.partial(sample, data, ema, sampler=args.sampler, guidance=args.guidance)
+    # Not in the paper: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), which makes digits clearer
+    sampler = functools.partial(sample, data, common.guided(ema, args.guidance), sampler=args.sampler)
     name = "bfn-" + args.data_type
     if args.sample:
-        return common.save_samples(name, ema, draw, args)
+        return common.save_samples(name, ema, sampler, args)
 
     dataset, train, test = common.load_data(args.dataset, args.data_dir, args.seed, args.limit)
     run = common.Run(args, name=name, title=f"BFN ({args.data_type})", unit=data.unit,
@@ -253,7 +246,7 @@ def main(argv=None):
     for epoch in range(len(run.history) + 1, args.epochs + 1):  # an interrupted run goes on where it was
         losses = []
         for images, label in run.batches(*train):
-            # Not in the paper: labels; without them digits are far worse. A tenth is the null label, for guidance
+            # Not in the paper: labels; without them digits are far worse. A tenth become the null label, for guidance
             label = label.masked_fill(torch.rand(label.shape, device=label.device) < 0.1, common.NULL_LABEL)
             batch_loss = loss(data, net, data.encode(images), label)
             optimizer.zero_grad()
@@ -261,13 +254,13 @@ def main(argv=None):
             optimizer.step()
             ema.update_parameters(net)
             losses.append(batch_loss.item())
-        preview = common.draw(draw, common.PREVIEW_LABELS, args)
+        preview = common.draw(sampler, common.PREVIEW_LABELS, args)
         run.end_epoch(losses, test=common.estimate(functools.partial(bound, data, ema), test, run), preview=preview)
         common.save_grids(run.folder / f"epochs/epoch_{epoch:03}.png", {"": preview}, f"{run.title}, epoch {epoch}")
 
-    final = common.evaluate(run, functools.partial(bound, data, ema), draw, train, test,
+    final = common.evaluate(run, functools.partial(bound, data, ema), sampler, train, test,
                             real=lambda images: data.decode(data.encode(images)))
-    common.save_results(run, final, trace=common.draw_process(draw, args))
+    common.save_results(run, final, trace=common.draw_process(sampler, args))
     common.compare(args.out_dir, name)
 
 

@@ -39,12 +39,11 @@ def fail(message):
     raise SystemExit(f"error: {message}")
 
 
-# ---------------------------------------------------------------------------------------------------------- the network
+# ----------------------------------------------------------------------------------------------- the network, its EMA
 def fourier_features(z, sigma):
     """Sines and cosines of z's pixels, [B, 16, 28, 28], at 8 frequencies, the highest with one period per grey value.
     They tell neighbouring grey values apart (after Kingma et al. 2021, arXiv 2107.00630, app. C): bits/dim 1.6, without
     2.8. Noise leaves exp(-(omega sigma)^2 / 2) of a wave, on average; scaled by that, waves of mere noise vanish."""
-    sigma = sigma.clamp(max=1000)  # it may be infinite
     omega = 2 * math.pi * 127.5 / 2 ** torch.arange(8, device=z.device).view(1, 8, 1, 1)
     damping = torch.exp(-(omega * sigma) ** 2 / 2)
     phase = omega * (z * (1 + sigma ** 2).sqrt() + 1)
@@ -112,8 +111,8 @@ class UNet(nn.Module):
 
     def forward(self, z, sigma, label):
         """z: [B, in_channels, 28, 28], of grey values (x + sigma eps) / sqrt(1 + sigma^2), an image with noise of std
-        sigma, scaled to unit size; sigma: [B or 1, 1, 1, 1] in [0, inf]. Returns [B, out_channels, 28, 28]."""
-        level = 2 / math.pi * sigma.flatten(1).atan()  # in [0, 1]; with the schedule of diffusion.py it is t / T
+        sigma, scaled to unit size; sigma: [B or 1, 1, 1, 1]. Returns [B, out_channels, 28, 28]."""
+        level = 2 / math.pi * sigma.flatten(1).atan()  # in [0, 1]; in diffusion.py it is t / (T + 1)
         angles = level * self.frequencies  # sinusoidal features (arXiv 1706.03762, §3.5)
         noise = self.noise(torch.cat([angles.sin(), angles.cos()], dim=1))
         condition = F.silu(noise + self.label(label if self.labels else torch.full_like(label, NULL_LABEL)))
@@ -128,13 +127,19 @@ class UNet(nn.Module):
         return self.head(F.silu(x))
 
 
-# ------------------------------------------------------------------------------------------------------------------ EMA
+def guided(net, guidance):
+    """net with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): outputs are extrapolated from the one
+    for the null label through the one for the label. Above 1, digits are clearer; 1 is net itself."""
+    def extrapolated(z, sigma, label):
+        return net(z, sigma, torch.full_like(label, NULL_LABEL)).lerp(net(z, sigma, label), guidance)
+    return net if guidance == 1 else extrapolated
+
+
 def ema(net, decay=0.999):
     """A copy of net whose weights are an exponential moving average of net's, by ema.update_parameters(net). After n
     updates the decay is min(decay, (1 + n) / (10 + n)), so that the first, untrained weights are soon forgotten."""
-    def average(mean, weights, n):
-        return mean.lerp(weights, (9 / (10 + n)).clamp(min=1 - decay))
-    return torch.optim.swa_utils.AveragedModel(net, avg_fn=average)
+    return torch.optim.swa_utils.AveragedModel(
+        net, avg_fn=lambda mean, weights, n: mean.lerp(weights, (9 / (10 + n)).clamp(min=1 - decay)))
 
 
 # ------------------------------------------------------------------------------------------------------------- numerics
@@ -151,9 +156,9 @@ def discretized_normal_nll(x, mean, std):
 
 
 def discretized_normal_mean(mean, std):
-    """The mean of X, N(mean, std^2) rounded to one of the 256 grey values in [-1, 1], all [B, 1, 28, 28]: in units of
-    0..255, sum_{j=1..255} P(X > j - 1/2) (BFN §5.5). If std is below 1 unit, terms up to the rounded mean count as 1,
-    later ones as 0, and the ten nearest are corrected. If not, X is clipped but not rounded: 0.02 off at most."""
+    """The mean of N(mean, std^2) rounded to one of the 256 grey values in [-1, 1], all [B, 1, 28, 28] (BFN §5.5): in
+    units of 0..255, sum_{j=1..255} P(X > j - 1/2). If std is below 1 unit, only the ten terms nearest to the mean are
+    computed, earlier ones are 1, later ones 0. If not, X is clipped but not rounded: 0.02 off at most."""
     normal = torch.distributions.Normal(0.0, 1.0, validate_args=False)
     m, sigma = (mean + 1) * 127.5, std * 127.5
     narrow = near = m.detach().round().clamp(0, 255)
@@ -204,20 +209,18 @@ def load_data(name, folder, seed, limit=None):
 def drawn_digits(n, seed):
     """n digits of matplotlib's fonts, each turned and stretched at random: uint8 [n, 1, 28, 28], and labels, int64 [n],
     0 to 9 in turn."""
-    glyphs = []
-    for name in FONTS:
+    def glyph(name, digit):
         font = FT2Font(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name + ".ttf")))
         font.set_size(28, 72)
-        for digit in "0123456789":
-            font.set_text(digit)
-            font.draw_glyphs_to_bitmap()
-            glyph = torch.tensor([font.get_image().tolist()]) / 255
-            glyphs.append(torchvision.transforms.functional.center_crop(glyph, [28, 28]))
+        font.set_text(digit)
+        font.draw_glyphs_to_bitmap()
+        return torchvision.transforms.functional.center_crop(torch.tensor([font.get_image().tolist()]) / 255, [28, 28])
+    glyphs = torch.stack([glyph(name, digit) for name in FONTS for digit in "0123456789"])
     generator, labels, images = torch.Generator().manual_seed(seed), torch.arange(n) % 10, []
     for label in labels.split(2000):
-        glyph = torch.stack(glyphs)[torch.randint(len(FONTS), label.shape, generator=generator) * 10 + label]
+        chosen = glyphs[torch.randint(len(FONTS), label.shape, generator=generator) * 10 + label]
         affine = 1.1 * torch.eye(2, 3) + 0.12 * torch.randn(len(label), 2, 3, generator=generator)
-        image = F.grid_sample(glyph, F.affine_grid(affine, glyph.shape, align_corners=False), align_corners=False)
+        image = F.grid_sample(chosen, F.affine_grid(affine, chosen.shape, align_corners=False), align_corners=False)
         images.append(image.mul(255).round().byte())
     return torch.cat(images), labels
 
@@ -257,17 +260,16 @@ def load_checkpoint(path, settings, modules):
         state = torch.load(path, map_location="cpu", weights_only=True)  # plain values, never code
         other = [f"{key} {state['settings'][key]} there, {value} here" for key, value in settings.items()
                  if state["settings"][key] != value]
-        for name, module in [] if other else modules.items():
+        if other:
+            raise ValueError("other settings: " + "; ".join(other))
+        for name, module in modules.items():
             module.load_state_dict(state[name])
+        return state
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except Exception as error:  # whatever torch raises of a file that is no checkpoint, or not one of these modules
-        fail(f"{path} is unreadable, or of another network or version ({type(error).__name__}): move it "
-             "away, or use another --out-dir, or --fresh to start over")
-    if other:
-        fail(f"the run in {path.parent} has other settings ({'; '.join(other)}): give those, or another --out-dir, or "
-             "--fresh to throw that run away")
-    return state
+        fail(f"{path} is not of this run, network and version, or broken ({error!r:.200}): give that run's settings, "
+             "move it away, use another --out-dir, or start over with --fresh")
 
 
 class Run:
@@ -322,8 +324,8 @@ class Run:
 
     def write_metrics(self, final):
         """metrics.json; final: see `evaluate`."""
-        text = json.dumps({**self.metrics, "final": final}, indent=1)
-        write(self.folder / "metrics.json", lambda file: file.write(text.encode()))
+        results = {**self.metrics, "final": final}
+        write(self.folder / "metrics.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
 
 
 # ---------------------------------------------------------------------------------------------- sampling and evaluation
@@ -359,11 +361,10 @@ def estimate(bound, test, run, count=2000):
     """The bound for the first `count` test images, [count], in the run's unit. bound(images, label) estimates it in
     nats, given the label. With ln 10, it bounds the code length of the image without its label,
     -ln p(x) = -ln sum_label p(label) p(x | label) <= -ln p(x | label) + ln 10."""
-    args = run.args
-    torch.manual_seed(args.seed)
-    nats = torch.cat([bound(to_float(x).to(args.device), label.to(args.device)).cpu()
+    torch.manual_seed(run.args.seed)
+    nats = torch.cat([bound(to_float(x).to(run.args.device), label.to(run.args.device)).cpu()
                       for x, label in zip(test[0][:count].split(500), test[1][:count].split(500))])
-    nats = nats if args.no_labels else nats + math.log(10)
+    nats = nats if run.args.no_labels else nats + math.log(10)
     return nats / (784 * math.log(2)) if run.metrics["unit"] == "bits/dim" else nats
 
 
@@ -373,7 +374,6 @@ def evaluate(run, bound, sample, train, test, real=lambda images: images):
     print("evaluating", flush=True)
     args, epochs, bounds = run.args, len(run.history), estimate(bound, test, run, count=len(test[0]))
     final = {"bound": bounds.mean().item(), "bound_se": (bounds.std() / len(bounds) ** 0.5).item(),
-             "images_per_second": sorted(row["images_per_second"] for row in run.history)[epochs // 2],
              "epochs": epochs, "steps": args.steps or STEPS, "process_steps": args.steps or PROCESS_STEPS,
              "sampler": args.sampler, "guidance": args.guidance}
     count = min(len(test[0]), 2000 if args.steps else max(2000, 500 * epochs))  # it should not outlast training
