@@ -22,7 +22,7 @@ import torch
 
 import common
 
-T_MIN = 1e-5  # the earliest t; at 0, the noise level would be infinite (in the paper, x_hat = 0 up to a t_min)
+T_MIN = 1e-5  # the earliest t, since sigma (below) is infinite at 0; in the paper, x_hat = 0 up to a t_min
 
 
 # -------------------------------------------------------------------------------------------------- the messages
@@ -33,8 +33,8 @@ T_MIN = 1e-5  # the earliest t; at 0, the noise level would be infinite (in the 
 # For classes (one-hot) this is eq. 157. For grey values, the paper's message is y / alpha, which is x with noise of
 # variance 1 / alpha (eq. 86). Bayes' rule becomes an addition, theta' = theta + y: theta is the sum of all messages so
 # far, and beta their total accuracy. Bob's belief is, for grey values, a Gaussian of mean mu = theta / (1 + beta) and
-# precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior). theta / beta is
-# distributed as s(x) + sigma eps, with the noise level sigma = sqrt(c / beta).
+# precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior): these are what
+# the paper calls theta. Here, theta / beta is s(x) with noise of std sigma = sqrt(c / beta), the noise level.
 
 def sender(data, x, alpha, eps):
     """A message y about x of accuracy alpha, [B, 1, 1, 1], made from noise eps ~ N(0, I) of x's shape."""
@@ -75,19 +75,12 @@ class Continuous:
         return theta / (1 + self.beta(t))
 
     def output(self, net, theta, t, label):
-        """Not in the paper: the network sees z and sigma, as in diffusion.py, and predicts v:
-
-        z = (x + sigma eps) / sqrt(1 + sigma^2) = mu sqrt(1 + sigma^2)
-        v = (eps - sigma x) / sqrt(1 + sigma^2), so that x_hat = (z - sigma v) / sqrt(1 + sigma^2)
-
-        In the paper, it sees mu and t, and predicts eps (eq. 84). In x_hat, an error of eps is multiplied by sigma,
-        which is large early on, an error of v by sigma / sqrt(1 + sigma^2), which is below 1."""
-        sigma = self.beta(t) ** -0.5
-        scale = (1 + sigma ** 2).sqrt()
-        z = self.belief(theta, t) * scale
-        v, ln_std = net(z, sigma, label).tensor_split([1], dim=1)  # ln_std: only for Discretized (else 0 channels)
-        std = sigma / scale  # of Bob's belief
-        return torch.cat([(z - sigma * v) / scale, std.log() + ln_std], dim=1)
+        """Not in the paper: the network sees mu scaled to unit size, (x + sigma eps) / sqrt(1 + sigma^2), is given t as
+        sigma, and predicts v = (mu - x) / std, the error of Bob's mean in units of Bob's std. In the paper, it predicts
+        eps (eq. 84), whose errors are multiplied by sigma in x_hat, which is large early on; std is at most 1."""
+        mu, std, sigma = self.belief(theta, t), (1 + self.beta(t)) ** -0.5, self.beta(t) ** -0.5
+        v, ln_std = net(mu * (1 + sigma ** 2).sqrt(), sigma, label).tensor_split([1], dim=1)
+        return torch.cat([mu - std * v, std.log() + ln_std], dim=1)  # ln_std has 1 channel in Discretized, here none
 
     def mean(self, output):
         return output.clamp(-1, 1)  # as in the paper
@@ -100,8 +93,8 @@ class Continuous:
 
 class Discretized(Continuous):
     """Grey values as 256 numbers (§5), 2 k / 255 - 1 for k = 0..255 (in the paper: the middles of 256 equal bins). The
-    output is mean and ln std, [B, 2, 28, 28], of a Gaussian that is discretized. The network's ln std is relative to
-    Bob's std (in the paper: to sigma)."""
+    output is mean and ln std, [B, 2, 28, 28], of a Gaussian that is discretized. (The network gives ln std in units of
+    Bob's std, in the paper of sigma.)"""
 
     out_channels = 2
 
@@ -144,8 +137,8 @@ class Discrete:
         return theta.softmax(1)
 
     def output(self, net, theta, t, label):
-        """Not in the paper: theta, which is what a pixel's own messages tell, is added to the network's output, and the
-        network is given sigma instead of t."""
+        """Not in the paper: the network is given t as sigma, and its output is what the other pixels tell. theta, which
+        is what a pixel's own messages tell, is added."""
         return theta + net(2 * self.belief(theta, t) - 1, (self.K / self.beta(t)).sqrt(), label)
 
     def mean(self, output):
@@ -176,10 +169,10 @@ def loss_at(data, net, x, t, label):
 
 
 def loss(data, net, x, label):
-    """Algorithms 2, 5, 8: L_inf per pixel, a scalar. (L_r, see `bound`, is small, and left out.)
+    """Algorithms 2, 5, 8: L_inf per pixel, a scalar, up to weights. (L_r, see `bound`, is small, and left out.)
 
     Not in the paper: t is not uniform but u^warp, with uniform u, and the loss is not reweighted for that. So early
-    times, when a digit takes shape (of grey values before t = 0.1), count more, and digits are better."""
+    times, when a digit takes shape (for grey values, t < 0.1), count more, and digits are better."""
     t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device) ** data.warp
     return loss_at(data, net, x, t, label).mean() / 784
 
@@ -234,11 +227,12 @@ def main(argv=None):
     net = common.UNet(data.channels, data.out_channels, labels=not args.no_labels).to(args.device)
     ema = common.ema(net)  # averaged weights, for sampling and evaluation
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    # Not in the paper: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), which makes digits clearer
-    sampler = functools.partial(sample, data, common.guided(ema, args.guidance), sampler=args.sampler)
+    # Not in the paper: classifier-free guidance, which makes digits clearer (Ho & Salimans 2022, arXiv 2207.12598): the
+    # network's output for the null label + args.guidance (output for the label - output for the null label)
+    sample_digits = functools.partial(sample, data, common.guided(ema, args.guidance), sampler=args.sampler)
     name = "bfn-" + args.data_type
     if args.sample:
-        return common.save_samples(name, ema, sampler, args)
+        return common.save_samples(name, ema, sample_digits, args)
 
     dataset, train, test = common.load_data(args.dataset, args.data_dir, args.seed, args.limit)
     run = common.Run(args, name=name, title=f"BFN ({args.data_type})", unit=data.unit,
@@ -246,7 +240,7 @@ def main(argv=None):
     for epoch in range(len(run.history) + 1, args.epochs + 1):  # an interrupted run goes on where it was
         losses = []
         for images, label in run.batches(*train):
-            # Not in the paper: labels; without them digits are far worse. A tenth become the null label, for guidance
+            # Not in the paper: labels, which make digits far better. A tenth become the null label, for guidance
             label = label.masked_fill(torch.rand(label.shape, device=label.device) < 0.1, common.NULL_LABEL)
             batch_loss = loss(data, net, data.encode(images), label)
             optimizer.zero_grad()
@@ -254,13 +248,13 @@ def main(argv=None):
             optimizer.step()
             ema.update_parameters(net)
             losses.append(batch_loss.item())
-        preview = common.draw(sampler, common.PREVIEW_LABELS, args)
+        preview = common.draw(sample_digits, common.PREVIEW_LABELS, args)
         run.end_epoch(losses, test=common.estimate(functools.partial(bound, data, ema), test, run), preview=preview)
         common.save_grids(run.folder / f"epochs/epoch_{epoch:03}.png", {"": preview}, f"{run.title}, epoch {epoch}")
 
-    final = common.evaluate(run, functools.partial(bound, data, ema), sampler, train, test,
+    final = common.evaluate(run, functools.partial(bound, data, ema), sample_digits, train, test,
                             real=lambda images: data.decode(data.encode(images)))
-    common.save_results(run, final, trace=common.draw_process(sampler, args))
+    common.save_results(run, final, trace=common.draw_process(sample_digits, args))
     common.compare(args.out_dir, name)
 
 

@@ -32,7 +32,7 @@ def signal_and_noise(t):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), the coefficients of x_0 and eps in x_t, [B or 1, 1, 1, 1].
 
     Not in the paper: alpha_bar_t = cos^2(pi/2 t / (T + 1)) (after Nichol & Dhariwal 2021, arXiv 2102.09672), where the
-    paper's beta_t is linear. This lowers the bound by 0.2 bits/dim. (With T for T + 1, alpha_bar_T would be 0.)
+    paper's beta_t is linear. It lowers the bound by 0.2 bits/dim. (T + 1: x_0_hat is divided by sqrt(alpha_bar_T).)
     """
     angle = math.pi / 2 * t.view(-1, 1, 1, 1) / (T + 1)
     return angle.cos(), angle.sin()
@@ -48,7 +48,7 @@ def q_sample(x_0, t, eps):
 def predict_eps(net, x_t, t, label):
     """The network's prediction of eps, [B, 1, 28, 28].
 
-    Not in the paper: the network is given the noise level noise / signal instead of t.
+    Not in the paper: the network is given t as the noise level, noise / signal.
     """
     signal, noise = signal_and_noise(t)
     return net(x_t, noise / signal, label)
@@ -56,7 +56,7 @@ def predict_eps(net, x_t, t, label):
 
 def predict(net, x_t, t, label):
     """Predictions of x_0 and of eps, both [B, 1, 28, 28]: x_0_hat follows from predict_eps by eq. 4, and is clipped to
-    [-1, 1], as in the paper's code; then eps_hat is computed anew, to agree with x_0_hat."""
+    [-1, 1], as in the paper's code; from the clipped x_0_hat follows eps_hat."""
     signal, noise = signal_and_noise(t)
     x_0_hat = ((x_t - noise * predict_eps(net, x_t, t, label)) / signal).clamp(-1, 1)
     return x_0_hat, (x_t - signal * x_0_hat) / noise
@@ -74,11 +74,12 @@ def loss(net, x_0, label):
 @torch.no_grad()
 def sample(net, label, steps, sampler):
     """Draws an image for each label [N]. Yields (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last
-    (x_0, x_0). In T steps, the sampler "ancestral" is algorithm 2 with sigma_t^2 = beta_tilde_t (eq. 7).
+    (x_0, x_0). With steps = T, the sampler "ancestral" is algorithm 2 with sigma_t^2 = beta_tilde_t (eq. 7).
 
     Not in the paper: a step may go from t to any s < t, so that few steps suffice; s takes the place of t - 1.
 
-    Not in the paper: the sampler "ddim" adds no noise (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0).
+    Not in the paper: the sampler "ddim" adds no noise (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0; its
+    alpha is our alpha_bar).
     """
     x_t = torch.randn(len(label), 1, 28, 28, device=label.device)
     times = torch.linspace(T, 0, steps + 1, device=label.device).round()
@@ -88,10 +89,10 @@ def sample(net, label, steps, sampler):
         (signal_t, noise_t), (signal_s, noise_s) = signal_and_noise(t), signal_and_noise(s)
         if sampler == "ancestral":
             alpha = (signal_t / signal_s) ** 2  # alpha_bar_t / alpha_bar_s
-            beta = noise_t ** 2 - alpha * noise_s ** 2  # = 1 - alpha, with less rounding
-            beta_tilde = noise_s ** 2 / noise_t ** 2 * beta  # 0 in the last step, as noise_s is
+            beta = 1 - alpha
+            beta_tilde = noise_s ** 2 / noise_t ** 2 * beta  # 0 in the last step: no noise, as in algorithm 2
             z = torch.randn_like(x_t)
-            x_t = (x_t - beta / noise_t * eps_hat) / alpha.sqrt() + beta_tilde.sqrt() * z
+            x_t = (x_t - beta / noise_t * eps_hat) / alpha.sqrt() + beta_tilde.sqrt() * z  # the mean is mu_tilde, eq. 7
         else:  # ddim
             x_t = signal_s * x_0_hat + noise_s * eps_hat
     yield x_t, x_t
@@ -116,9 +117,9 @@ def bound(net, x_0, label):
 
     L = L_T + sum_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + E[-ln p(x_0 | x_1)]
 
-    L_T is below 0.001, and left out. The sum is estimated from one t for each image. Its terms fall roughly as 1 / t,
-    so t is drawn with a probability proportional to 1 / t: then term / probability varies little. In the last term, p
-    is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13; beta_tilde_1 is 0, and would not do).
+    L_T is below 0.001 nats, and left out. The sum is estimated by term / probability of one random t for each image.
+    The terms fall roughly as 1 / t, and so does the probability: then the estimate varies little. In the last term, p
+    is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13; with beta_tilde_1 = 0 it could be infinite).
     """
     probability = torch.zeros(T + 1, device=x_0.device)
     probability[2:] = 1 / torch.arange(2, T + 1)
@@ -141,10 +142,11 @@ def main(argv=None):
     net = common.UNet(in_channels=1, out_channels=1, labels=not args.no_labels).to(args.device)
     ema = common.ema(net)  # averaged weights, for sampling and evaluation
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    # Not in the paper: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), which makes digits clearer
-    sampler = functools.partial(sample, common.guided(ema, args.guidance), sampler=args.sampler)
+    # Not in the paper: classifier-free guidance, which makes digits clearer (Ho & Salimans 2022, arXiv 2207.12598): the
+    # network's output for the null label + args.guidance (output for the label - output for the null label)
+    sample_digits = functools.partial(sample, common.guided(ema, args.guidance), sampler=args.sampler)
     if args.sample:
-        return common.save_samples("diffusion", ema, sampler, args)
+        return common.save_samples("diffusion", ema, sample_digits, args)
 
     dataset, train, test = common.load_data(args.dataset, args.data_dir, args.seed, args.limit)
     run = common.Run(args, name="diffusion", title="DDPM", unit="bits/dim", dataset=dataset,
@@ -152,7 +154,7 @@ def main(argv=None):
     for epoch in range(len(run.history) + 1, args.epochs + 1):  # an interrupted run goes on where it was
         losses = []
         for x_0, label in run.batches(*train):
-            # Not in the paper: labels; without them digits are far worse. A tenth become the null label, for guidance
+            # Not in the paper: labels, which make digits far better. A tenth become the null label, for guidance
             label = label.masked_fill(torch.rand(label.shape, device=label.device) < 0.1, common.NULL_LABEL)
             batch_loss = loss(net, x_0, label)
             optimizer.zero_grad()
@@ -160,12 +162,12 @@ def main(argv=None):
             optimizer.step()
             ema.update_parameters(net)
             losses.append(batch_loss.item())
-        preview = common.draw(sampler, common.PREVIEW_LABELS, args)
+        preview = common.draw(sample_digits, common.PREVIEW_LABELS, args)
         run.end_epoch(losses, test=common.estimate(functools.partial(bound, ema), test, run), preview=preview)
         common.save_grids(run.folder / f"epochs/epoch_{epoch:03}.png", {"": preview}, f"{run.title}, epoch {epoch}")
 
-    final = common.evaluate(run, functools.partial(bound, ema), sampler, train, test)
-    common.save_results(run, final, trace=common.draw_process(sampler, args))
+    final = common.evaluate(run, functools.partial(bound, ema), sample_digits, train, test)
+    common.save_results(run, final, trace=common.draw_process(sample_digits, args))
     common.compare(args.out_dir, "diffusion")
 
 
