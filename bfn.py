@@ -137,8 +137,8 @@ class Discrete:
         return theta.softmax(1)
 
     def output(self, net, theta, t, label):
-        """Not in the paper: the network is given t as sigma, and its output is what the other pixels tell. theta, which
-        is what a pixel's own messages tell, is added."""
+        """Not in the paper: the network is given t as sigma, and theta, which is what a pixel's own messages tell, is
+        added to its output, which need only be what the other pixels tell."""
         return theta + net(2 * self.belief(theta, t) - 1, (self.K / self.beta(t)).sqrt(), label)
 
     def mean(self, output):
@@ -209,8 +209,8 @@ def sample(data, net, label, steps, sampler):
 # ------------------------------------------------------------------------------------------------- the likelihood
 @torch.no_grad()
 def bound(data, net, images, label):
-    """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf, the cost of the messages, plus L_r, that of
-    the image itself, given Bob's last prediction."""
+    """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf, the cost of the messages (up to T_MIN it is
+    below 0.06, and left out), plus L_r, that of the image itself, given Bob's last prediction."""
     x = data.encode(images)
     t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device)
     messages = loss_at(data, net, x, t, label)

@@ -128,8 +128,8 @@ class UNet(nn.Module):
 
 
 def guided(net, guidance):
-    """net with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): outputs are extrapolated from the one
-    for the null label through the one for the label. Above 1, digits are clearer; 1 is net itself."""
+    """net with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598; guidance is 1 + their w): outputs are
+    extrapolated from the one for the null label through the one for the label. Above 1, digits are clearer."""
     def extrapolated(z, sigma, label):
         return net(z, sigma, torch.full_like(label, NULL_LABEL)).lerp(net(z, sigma, label), guidance)
     return net if guidance == 1 else extrapolated

@@ -82,7 +82,7 @@ def sample(net, label, steps, sampler):
     alpha is our alpha_bar).
     """
     x_t = torch.randn(len(label), 1, 28, 28, device=label.device)
-    times = torch.linspace(T, 0, steps + 1, device=label.device).round()
+    times = torch.linspace(T, 0, steps + 1, device=label.device).ceil()
     for t, s in zip(times[:-1], times[1:]):
         x_0_hat, eps_hat = predict(net, x_t, t, label)
         yield x_t, x_0_hat
@@ -118,11 +118,11 @@ def bound(net, x_0, label):
     L = L_T + sum_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + E[-ln p(x_0 | x_1)]
 
     L_T is below 0.001 nats, and left out. The sum is estimated by term / probability of one random t for each image.
-    The terms fall roughly as 1 / t, and so does the probability: then the estimate varies little. In the last term, p
+    The terms fall roughly as t^-1.4, and so does the probability: then the estimate varies little. In the last term, p
     is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13; with beta_tilde_1 = 0 it could be infinite).
     """
     probability = torch.zeros(T + 1, device=x_0.device)
-    probability[2:] = 1 / torch.arange(2, T + 1)
+    probability[2:] = torch.arange(2, T + 1) ** -1.4
     probability /= probability.sum()
     t = torch.multinomial(probability, len(x_0), replacement=True)
     x_0_hat, _ = predict(net, q_sample(x_0, t, torch.randn_like(x_0)), t, label)
