@@ -79,8 +79,9 @@ class Continuous:
         sigma, and predicts v = (mu - x) / std, the error of Bob's mean in units of Bob's std. In the paper, it predicts
         eps (eq. 84), whose errors are multiplied by sigma in x_hat, which is large early on; std is at most 1."""
         mu, std, sigma = self.belief(theta, t), (1 + self.beta(t)) ** -0.5, self.beta(t) ** -0.5
-        v, ln_std = net(mu * (1 + sigma ** 2).sqrt(), sigma, label).tensor_split([1], dim=1)
-        return torch.cat([mu - std * v, std.log() + ln_std], dim=1)  # ln_std has 1 channel in Discretized, here none
+        prediction = net(mu * (1 + sigma ** 2).sqrt(), sigma, label)
+        v, ln_std = prediction[:, :1], prediction[:, 1:]  # Discretized has ln_std, here it is empty
+        return torch.cat([mu - std * v, std.log() + ln_std], dim=1)
 
     def mean(self, output):
         return output.clamp(-1, 1)  # as in the paper
@@ -93,7 +94,7 @@ class Continuous:
 
 class Discretized(Continuous):
     """Grey values as 256 numbers (§5), 2 k / 255 - 1 for k = 0..255 (in the paper: the middles of 256 equal bins). The
-    output is mean and ln std, [B, 2, 28, 28], of a Gaussian that is discretized. (The network gives ln std in units of
+    output is mean and ln std, [B, 2, 28, 28], of a Gaussian that is discretized. (The network gives std in units of
     Bob's std, in the paper of sigma.)"""
 
     out_channels = 2
@@ -169,7 +170,7 @@ def loss_at(data, net, x, t, label):
 
 
 def loss(data, net, x, label):
-    """Algorithms 2, 5, 8: L_inf per pixel, a scalar, up to weights. (L_r, see `bound`, is small, and left out.)
+    """Algorithms 2, 5, 8: L_inf per pixel, a scalar, but for weights. (L_r, see `bound`, is small, and left out.)
 
     Not in the paper: t is not uniform but u^warp, with uniform u, and the loss is not reweighted for that. So early
     times, when a digit takes shape (for grey values, t < 0.1), count more, and digits are better."""
@@ -210,7 +211,7 @@ def sample(data, net, label, steps, sampler):
 @torch.no_grad()
 def bound(data, net, images, label):
     """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf, the cost of the messages (up to T_MIN it is
-    below 0.06, and left out), plus L_r, that of the image itself, given Bob's last prediction."""
+    about 0.05 at most, and left out), plus L_r, that of the image itself, given Bob's last prediction."""
     x = data.encode(images)
     t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device)
     messages = loss_at(data, net, x, t, label)
@@ -227,8 +228,7 @@ def main(argv=None):
     net = common.UNet(data.channels, data.out_channels, labels=not args.no_labels).to(args.device)
     ema = common.ema(net)  # averaged weights, for sampling and evaluation
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    # Not in the paper: classifier-free guidance, which makes digits clearer (Ho & Salimans 2022, arXiv 2207.12598): the
-    # network's output for the null label + args.guidance (output for the label - output for the null label)
+    # Not in the paper: classifier-free guidance, which makes digits clearer (Ho & Salimans 2022, arXiv 2207.12598)
     sample_digits = functools.partial(sample, data, common.guided(ema, args.guidance), sampler=args.sampler)
     name = "bfn-" + args.data_type
     if args.sample:

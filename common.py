@@ -64,7 +64,6 @@ class Block(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x, condition):
-        """x: [B, channels, H, W]; condition: [B, condition_channels]."""
         scale, shift = self.condition(condition)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
@@ -89,9 +88,8 @@ class ShuffleUnit(nn.Module):
 
 
 class UNet(nn.Module):
-    """The shuffled U-Net. Its units work at 7x7, where a pixel sees the whole image after few layers. All convolutions
-    are dense and on CPUs in channels_last memory, the fastest way there. If z has one channel, of grey values, the
-    network also sees its `fourier_features`. Without labels, every label counts as NULL_LABEL."""
+    """The shuffled U-Net. On CPUs it works in channels_last memory, the fastest way there. If z has one channel, of
+    grey values, it also sees its `fourier_features`. Without labels, every label counts as NULL_LABEL."""
 
     def __init__(self, in_channels, out_channels, labels=True, width=64, units=2, condition_channels=128):
         super().__init__()
@@ -128,8 +126,8 @@ class UNet(nn.Module):
 
 
 def guided(net, guidance):
-    """net with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598; guidance is 1 + their w): outputs are
-    extrapolated from the one for the null label through the one for the label. Above 1, digits are clearer."""
+    """net with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598; guidance is 1 + their w): its output is
+    net's for the null label + guidance (net's for the label - net's for the null label)."""
     def extrapolated(z, sigma, label):
         return net(z, sigma, torch.full_like(label, NULL_LABEL)).lerp(net(z, sigma, label), guidance)
     return net if guidance == 1 else extrapolated
@@ -207,8 +205,7 @@ def load_data(name, folder, seed, limit=None):
 
 
 def drawn_digits(n, seed):
-    """n digits of matplotlib's fonts, each turned and stretched at random: uint8 [n, 1, 28, 28], and labels, int64 [n],
-    0 to 9 in turn."""
+    """n digits of matplotlib's fonts, turned and stretched at random: uint8 [n, 1, 28, 28]; labels 0 to 9 in turn."""
     def glyph(name, digit):
         font = FT2Font(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name + ".ttf")))
         font.set_size(28, 72)
@@ -236,6 +233,7 @@ def to_uint8(images):
 
 
 # ------------------------------------------------------------------------------------------------------- a run's folder
+VERSION = 3  # of the algorithms: a run is continued and compared only with its own
 SETTINGS = ["batch_size", "lr", "seed", "limit", "no_labels"]  # with model and data set, what makes a run this run
 
 
@@ -261,27 +259,28 @@ def load_checkpoint(path, settings, modules):
         other = [f"{key} {state['settings'][key]} there, {value} here" for key, value in settings.items()
                  if state["settings"][key] != value]
         if other:
-            raise ValueError("other settings: " + "; ".join(other))
+            fail(f"the run in {path.parent} has other settings ({'; '.join(other)}): give those, or another --out-dir, "
+                 "or --fresh to throw that run away")
         for name, module in modules.items():
             module.load_state_dict(state[name])
         return state
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except Exception as error:  # whatever torch raises of a file that is no checkpoint, or not one of these modules
-        fail(f"{path} is not of this run, network and version, or broken ({error!r:.200}): give that run's settings, "
-             "move it away, use another --out-dir, or start over with --fresh")
+        fail(f"{path} is unreadable, or of another network or version ({type(error).__name__}): move it "
+             "away, or use another --out-dir, or --fresh to start over")
 
 
 class Run:
     """A run's folder: settings, history and checkpoint. What stands there is loaded, or thrown away with --fresh.
 
-    args: of the command line. name: of the model and the folder; title: in figures. unit: of its bound. dataset: the
-    one actually used. net, ema, optimizer: what a checkpoint keeps."""
+    name: of model and folder; title: in figures; unit: of the bound; dataset: the one used, see `load_data`."""
 
     def __init__(self, args, name, title, unit, dataset, net, ema, optimizer):
         self.args, self.folder, self.title = args, args.out_dir / name, f"{title} on {dataset}"
         self.modules = {"net": net, "ema": ema, "optimizer": optimizer}
-        self.settings = {"model": name, "dataset": dataset, **{key: getattr(args, key) for key in SETTINGS}}
+        self.settings = {"version": VERSION, "model": name, "dataset": dataset,
+                         **{key: getattr(args, key) for key in SETTINGS}}
         state = {} if args.fresh else load_checkpoint(self.folder / "checkpoint.pt", self.settings, self.modules)
         self.history, self.previews = state.get("history", []), state.get("previews", {})
         self.metrics = {"settings": self.settings, "title": title, "unit": unit,
@@ -503,7 +502,7 @@ def save_results(run, final, trace):
 
 # ----------------------------------------------------------------------------------------------------------- comparison
 MODELS = ["diffusion", "bfn-continuous", "bfn-discretized", "bfn-discrete"]
-COMPARED = ["dataset", *SETTINGS, "epochs", "steps", "process_steps", "guidance"]  # equal in all
+COMPARED = ["version", "dataset", *SETTINGS, "epochs", "steps", "process_steps", "guidance"]  # equal in all
 
 
 def compare(out_dir, name):
@@ -579,7 +578,8 @@ def parse_args(description, argv, samplers, data_types=()):
 def save_samples(name, ema, sample, args):
     """--sample N: draw N images with the network of a run, into samples.pt, and the first few as drawn.png."""
     folder, N = args.out_dir / name, args.sample
-    state = load_checkpoint(folder / "checkpoint.pt", {"model": name, "no_labels": args.no_labels}, {"ema": ema})
+    settings = {"version": VERSION, "model": name, "no_labels": args.no_labels}
+    state = load_checkpoint(folder / "checkpoint.pt", settings, {"ema": ema})
     if not state:
         fail(f"{folder} holds no trained network to sample from; train one first, without --sample")
     images = draw(sample, torch.arange(1, N + 1) % 10 if args.label is None else torch.full((N,), args.label), args)

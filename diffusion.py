@@ -32,7 +32,7 @@ def signal_and_noise(t):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), the coefficients of x_0 and eps in x_t, [B or 1, 1, 1, 1].
 
     Not in the paper: alpha_bar_t = cos^2(pi/2 t / (T + 1)) (after Nichol & Dhariwal 2021, arXiv 2102.09672), where the
-    paper's beta_t is linear. It lowers the bound by 0.2 bits/dim. (T + 1: x_0_hat is divided by sqrt(alpha_bar_T).)
+    paper's beta_t is linear. It lowers the bound by 0.2 bits/dim. (With T for T + 1, alpha_bar_T would be 0.)
     """
     angle = math.pi / 2 * t.view(-1, 1, 1, 1) / (T + 1)
     return angle.cos(), angle.sin()
@@ -48,7 +48,7 @@ def q_sample(x_0, t, eps):
 def predict_eps(net, x_t, t, label):
     """The network's prediction of eps, [B, 1, 28, 28].
 
-    Not in the paper: the network is given t as the noise level, noise / signal.
+    Not in the paper: the network is given t as the noise level, noise / signal, as in bfn.py.
     """
     signal, noise = signal_and_noise(t)
     return net(x_t, noise / signal, label)
@@ -76,13 +76,14 @@ def sample(net, label, steps, sampler):
     """Draws an image for each label [N]. Yields (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last
     (x_0, x_0). With steps = T, the sampler "ancestral" is algorithm 2 with sigma_t^2 = beta_tilde_t (eq. 7).
 
-    Not in the paper: a step may go from t to any s < t, so that few steps suffice; s takes the place of t - 1.
+    Not in the paper: a step may go from t to any s < t, so that few steps suffice; s takes the place of t - 1. (In more
+    than T steps, some stand still.)
 
     Not in the paper: the sampler "ddim" adds no noise (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0; its
     alpha is our alpha_bar).
     """
     x_t = torch.randn(len(label), 1, 28, 28, device=label.device)
-    times = torch.linspace(T, 0, steps + 1, device=label.device).ceil()
+    times = torch.linspace(T, 0, steps + 1).ceil().to(label.device)
     for t, s in zip(times[:-1], times[1:]):
         x_0_hat, eps_hat = predict(net, x_t, t, label)
         yield x_t, x_0_hat
@@ -121,12 +122,11 @@ def bound(net, x_0, label):
     The terms fall roughly as t^-1.4, and so does the probability: then the estimate varies little. In the last term, p
     is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13; with beta_tilde_1 = 0 it could be infinite).
     """
-    probability = torch.zeros(T + 1, device=x_0.device)
-    probability[2:] = torch.arange(2, T + 1) ** -1.4
-    probability /= probability.sum()
-    t = torch.multinomial(probability, len(x_0), replacement=True)
+    probability = torch.arange(2, T + 1, device=x_0.device) ** -1.4
+    probability = probability / probability.sum()
+    t = 2 + torch.multinomial(probability, len(x_0), replacement=True)
     x_0_hat, _ = predict(net, q_sample(x_0, t, torch.randn_like(x_0)), t, label)
-    diffusion = kl_step(x_0, x_0_hat, t) / probability[t]
+    diffusion = kl_step(x_0, x_0_hat, t) / probability[t - 2]
 
     t = torch.ones_like(t)
     x_0_hat, _ = predict(net, q_sample(x_0, t, torch.randn_like(x_0)), t, label)
@@ -142,8 +142,7 @@ def main(argv=None):
     net = common.UNet(in_channels=1, out_channels=1, labels=not args.no_labels).to(args.device)
     ema = common.ema(net)  # averaged weights, for sampling and evaluation
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    # Not in the paper: classifier-free guidance, which makes digits clearer (Ho & Salimans 2022, arXiv 2207.12598): the
-    # network's output for the null label + args.guidance (output for the label - output for the null label)
+    # Not in the paper: classifier-free guidance, which makes digits clearer (Ho & Salimans 2022, arXiv 2207.12598)
     sample_digits = functools.partial(sample, common.guided(ema, args.guidance), sampler=args.sampler)
     if args.sample:
         return common.save_samples("diffusion", ema, sample_digits, args)
