@@ -22,7 +22,7 @@ import torch
 
 import common
 
-T_MIN = 1e-5  # the earliest t, since sigma (below) is infinite at 0; in the paper, x_hat = 0 up to a t_min
+T_MIN = 1e-5  # the earliest t: at 0, the noise level sigma is infinite (in the paper, x_hat = 0 below a t_min)
 
 
 # -------------------------------------------------------------------------------------------------- the messages
@@ -33,8 +33,8 @@ T_MIN = 1e-5  # the earliest t, since sigma (below) is infinite at 0; in the pap
 # For classes (one-hot) this is eq. 157. For grey values, the paper's message is y / alpha, which is x with noise of
 # variance 1 / alpha (eq. 86). Bayes' rule becomes an addition, theta' = theta + y: theta is the sum of all messages so
 # far, and beta their total accuracy. Bob's belief is, for grey values, a Gaussian of mean mu = theta / (1 + beta) and
-# precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior): these are what
-# the paper calls theta. Here, theta / beta is s(x) with noise of std sigma = sqrt(c / beta), the noise level.
+# precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior). (The paper calls
+# these theta.) theta / beta is s(x) with noise of std sigma = sqrt(c / beta), the noise level.
 
 def sender(data, x, alpha, eps):
     """A message y about x of accuracy alpha, [B, 1, 1, 1], made from noise eps ~ N(0, I) of x's shape."""
@@ -75,9 +75,9 @@ class Continuous:
         return theta / (1 + self.beta(t))
 
     def output(self, net, theta, t, label):
-        """Not in the paper: the network sees mu scaled to unit size, (x + sigma eps) / sqrt(1 + sigma^2), is given t as
-        sigma, and predicts v = (mu - x) / std, the error of Bob's mean in units of Bob's std. In the paper, it predicts
-        eps (eq. 84), whose errors are multiplied by sigma in x_hat, which is large early on; std is at most 1."""
+        """Not in the paper: the network sees mu scaled to unit size, (x + sigma eps) / sqrt(1 + sigma^2), and sigma in
+        place of t. It predicts v = (mu - x) / std, the error of Bob's mean in units of Bob's std. In the paper, it
+        predicts eps (eq. 84), whose error is multiplied by sigma in x_hat, large early on; std is at most 1."""
         mu, std, sigma = self.belief(theta, t), (1 + self.beta(t)) ** -0.5, self.beta(t) ** -0.5
         prediction = net(mu * (1 + sigma ** 2).sqrt(), sigma, label)
         v, ln_std = prediction[:, :1], prediction[:, 1:]  # Discretized has ln_std, here it is empty
@@ -138,8 +138,8 @@ class Discrete:
         return theta.softmax(1)
 
     def output(self, net, theta, t, label):
-        """Not in the paper: the network is given t as sigma, and theta, which is what a pixel's own messages tell, is
-        added to its output, which need only be what the other pixels tell."""
+        """Not in the paper: in place of t, the network is given sigma. theta is added to its output: theta is what a
+        pixel's own messages tell, so the network need only add what the other pixels tell."""
         return theta + net(2 * self.belief(theta, t) - 1, (self.K / self.beta(t)).sqrt(), label)
 
     def mean(self, output):
@@ -170,7 +170,7 @@ def loss_at(data, net, x, t, label):
 
 
 def loss(data, net, x, label):
-    """Algorithms 2, 5, 8: L_inf per pixel, a scalar, but for weights. (L_r, see `bound`, is small, and left out.)
+    """Algorithms 2, 5, 8: L_inf per pixel, with other weights, a scalar. (L_r, see `bound`, is small, and left out.)
 
     Not in the paper: t is not uniform but u^warp, with uniform u, and the loss is not reweighted for that. So early
     times, when a digit takes shape (for grey values, t < 0.1), count more, and digits are better."""
@@ -185,9 +185,9 @@ def sample(data, net, label, steps, sampler):
     (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times (from
     T_MIN on), and messages about draws from the output distribution (for continuous data, x_hat).
 
-    Not in the paper: the samplers "mean" and "ode" (Xue et al. 2024, arXiv 2404.15766), which need fewer steps. Times
-    are u^warp, as in training. In "mean", messages are about x_hat, not about a draw. "ode" adds no noise: it solves
-    theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
+    Not in the paper: the samplers "mean" and "ode" (Xue et al. 2024, arXiv 2404.15766), which need fewer steps. Their
+    times are u^warp, as in training. In "mean", messages are about x_hat, not about a draw. "ode" adds no noise: it
+    solves theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else u ** data.warp)
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)

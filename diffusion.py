@@ -32,7 +32,7 @@ def signal_and_noise(t):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), the coefficients of x_0 and eps in x_t, [B or 1, 1, 1, 1].
 
     Not in the paper: alpha_bar_t = cos^2(pi/2 t / (T + 1)) (after Nichol & Dhariwal 2021, arXiv 2102.09672), where the
-    paper's beta_t is linear. It lowers the bound by 0.2 bits/dim. (With T for T + 1, alpha_bar_T would be 0.)
+    paper's beta_t is linear. The bound is 0.2 bits/dim lower. (T + 1, as `predict` divides by signal.)
     """
     angle = math.pi / 2 * t.view(-1, 1, 1, 1) / (T + 1)
     return angle.cos(), angle.sin()
@@ -48,15 +48,15 @@ def q_sample(x_0, t, eps):
 def predict_eps(net, x_t, t, label):
     """The network's prediction of eps, [B, 1, 28, 28].
 
-    Not in the paper: the network is given t as the noise level, noise / signal, as in bfn.py.
+    Not in the paper: in place of t, the network is given the noise level, noise / signal.
     """
     signal, noise = signal_and_noise(t)
     return net(x_t, noise / signal, label)
 
 
 def predict(net, x_t, t, label):
-    """Predictions of x_0 and of eps, both [B, 1, 28, 28]: x_0_hat follows from predict_eps by eq. 4, and is clipped to
-    [-1, 1], as in the paper's code; from the clipped x_0_hat follows eps_hat."""
+    """Predictions of x_0 and of eps, both [B, 1, 28, 28]. x_0_hat follows from predict_eps by eq. 4, and is clipped to
+    [-1, 1], as in the paper's code. eps_hat follows from the clipped x_0_hat, by eq. 4 again."""
     signal, noise = signal_and_noise(t)
     x_0_hat = ((x_t - noise * predict_eps(net, x_t, t, label)) / signal).clamp(-1, 1)
     return x_0_hat, (x_t - signal * x_0_hat) / noise
@@ -74,16 +74,16 @@ def loss(net, x_0, label):
 @torch.no_grad()
 def sample(net, label, steps, sampler):
     """Draws an image for each label [N]. Yields (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last
-    (x_0, x_0). With steps = T, the sampler "ancestral" is algorithm 2 with sigma_t^2 = beta_tilde_t (eq. 7).
+    (x_0, x_0). With steps = T, the sampler "ancestral" is algorithm 2 with sigma_t^2 = beta_tilde_t (eq. 7). Its mean
+    (eq. 11) is mu_tilde_t(x_t, x_0_hat) (eq. 7).
 
-    Not in the paper: a step may go from t to any s < t, so that few steps suffice; s takes the place of t - 1. (In more
-    than T steps, some stand still.)
+    Not in the paper: a step may go from t to any s < t, so that few steps suffice; s takes the place of t - 1.
 
-    Not in the paper: the sampler "ddim" adds no noise (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0; its
-    alpha is our alpha_bar).
+    Not in the paper: the sampler "ddim" adds no noise: x_s is eq. 4 at s, with the predictions of x_0 and eps (Song et
+    al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0).
     """
     x_t = torch.randn(len(label), 1, 28, 28, device=label.device)
-    times = torch.linspace(T, 0, steps + 1).ceil().to(label.device)
+    times = torch.linspace(T, 0, steps + 1, device=label.device)
     for t, s in zip(times[:-1], times[1:]):
         x_0_hat, eps_hat = predict(net, x_t, t, label)
         yield x_t, x_0_hat
@@ -93,7 +93,7 @@ def sample(net, label, steps, sampler):
             beta = 1 - alpha
             beta_tilde = noise_s ** 2 / noise_t ** 2 * beta  # 0 in the last step: no noise, as in algorithm 2
             z = torch.randn_like(x_t)
-            x_t = (x_t - beta / noise_t * eps_hat) / alpha.sqrt() + beta_tilde.sqrt() * z  # the mean is mu_tilde, eq. 7
+            x_t = (x_t - beta / noise_t * eps_hat) / alpha.sqrt() + beta_tilde.sqrt() * z  # mean: eq. 11
         else:  # ddim
             x_t = signal_s * x_0_hat + noise_s * eps_hat
     yield x_t, x_t
@@ -118,9 +118,9 @@ def bound(net, x_0, label):
 
     L = L_T + sum_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + E[-ln p(x_0 | x_1)]
 
-    L_T is below 0.001 nats, and left out. The sum is estimated by term / probability of one random t for each image.
-    The terms fall roughly as t^-1.4, and so does the probability: then the estimate varies little. In the last term, p
-    is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13; with beta_tilde_1 = 0 it could be infinite).
+    L_T is below 0.001 nats, and left out. The sum is estimated from one random t for each image: term / probability.
+    The probability of t falls as t^-1.4, because the terms do roughly; so the estimate varies little. In the last term,
+    p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13); beta_tilde_1 is 0.
     """
     probability = torch.arange(2, T + 1, device=x_0.device) ** -1.4
     probability = probability / probability.sum()

@@ -56,10 +56,6 @@ def test_ancestral_sampling_over_all_steps_is_algorithm_2():
         eps = (x - a_t.sqrt() * x_0) / (1 - a_t).sqrt()
         x = (x - b / (1 - a_t).sqrt() * eps) / (1 - b).sqrt() + (b * (1 - a_s) / (1 - a_t)).sqrt() * z
     assert torch.allclose(x.float(), drawn, atol=1e-3) and 0.1 < drawn.std() < 2
-    seen = []
-    *_, (drawn, _) = diffusion.sample(lambda z, sigma, label: seen.append(sigma.atan()) or z, label, 2001, "ancestral")
-    t = torch.stack(seen) * 2 * 1001 / math.pi
-    assert drawn.isfinite().all() and t.min() > 0.9 and (t - t.round()).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("t", [2, 30, 500, 999, 1000])
