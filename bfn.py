@@ -75,13 +75,14 @@ class Continuous:
         return theta / (1 + self.beta(t))
 
     def output(self, net, theta, t, label):
-        """Not in the paper: the network sees mu scaled to unit size, (x + sigma eps) / sqrt(1 + sigma^2), and sigma in
-        place of t. It predicts v = (mu - x) / std, the error of Bob's mean in units of Bob's std. In the paper, it
-        predicts eps (eq. 84), whose error is multiplied by sigma in x_hat, large early on; std is at most 1."""
-        mu, std, sigma = self.belief(theta, t), (1 + self.beta(t)) ** -0.5, self.beta(t) ** -0.5
-        prediction = net(mu * (1 + sigma ** 2).sqrt(), sigma, label)
-        v, ln_std = prediction[:, :1], prediction[:, 1:]  # Discretized has ln_std, here it is empty
-        return torch.cat([mu - std * v, std.log() + ln_std], dim=1)
+        """The network predicts eps in theta / beta = x + sigma eps; x_hat = theta / beta - sigma eps (eq. 84).
+
+        Not in the paper: in place of mu and t, it sees theta / beta scaled to unit size, and sigma."""
+        sigma = self.beta(t) ** -0.5
+        view = theta / self.beta(t)
+        prediction = net(view / (1 + sigma ** 2).sqrt(), sigma, label)
+        eps, ln_std = prediction[:, :1], prediction[:, 1:]  # Discretized has ln_std, here it is empty
+        return torch.cat([view - sigma * eps, sigma.log() + ln_std], dim=1)
 
     def mean(self, output):
         return output.clamp(-1, 1)  # as in the paper
@@ -94,8 +95,7 @@ class Continuous:
 
 class Discretized(Continuous):
     """Grey values as 256 numbers (§5), 2 k / 255 - 1 for k = 0..255 (in the paper: the middles of 256 equal bins). The
-    output is mean and ln std, [B, 2, 28, 28], of a Gaussian that is discretized. (The network gives std in units of
-    Bob's std, in the paper of sigma.)"""
+    output is mean and ln std, [B, 2, 28, 28], of a Gaussian that is discretized."""
 
     out_channels = 2
 

@@ -88,8 +88,9 @@ class ShuffleUnit(nn.Module):
 
 
 class UNet(nn.Module):
-    """The shuffled U-Net. On CPUs it works in channels_last memory, the fastest way there. If z has one channel, of
-    grey values, it also sees its `fourier_features`. Without labels, every label counts as NULL_LABEL."""
+    """The shuffled U-Net. On CPUs it works in channels_last memory, the fastest way there. Without labels, every label
+    counts as NULL_LABEL. If z is grey (one channel), the network sees its `fourier_features` as well, and its outputs
+    are eps and, if there are two, ln(std of x / sigma). Its last layer gives v = (eps - sigma x) / sqrt(1 + sigma^2)."""
 
     def __init__(self, in_channels, out_channels, labels=True, width=64, units=2, condition_channels=128):
         super().__init__()
@@ -114,15 +115,15 @@ class UNet(nn.Module):
         angles = level * self.frequencies  # sinusoidal features (arXiv 1706.03762, §3.5)
         noise = self.noise(torch.cat([angles.sin(), angles.cos()], dim=1))
         condition = F.silu(noise + self.label(label if self.labels else torch.full_like(label, NULL_LABEL)))
-        if self.fourier:
-            z = torch.cat([z, fourier_features(z, sigma)], dim=1)
-        x = self.stem(z.contiguous(memory_format=torch.channels_last) if z.device.type == "cpu" else z)
+        x = torch.cat([z, fourier_features(z, sigma)], dim=1) if self.fourier else z
+        x = self.stem(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
         h = self.shrink(x)
         for unit in self.units:
             h = unit(h, condition)
-        x = x + self.grow(h)  # the skip connection
-        x = self.conv(F.silu(self.norm(x)))
-        return self.head(F.silu(x))
+        x = self.conv(F.silu(self.norm(x + self.grow(h))))  # the skip connection
+        output, scale = self.head(F.silu(x)), (1 + sigma ** 2).sqrt()
+        eps = (sigma * z + output[:, :1]) / scale
+        return torch.cat([eps, output[:, 1:] - scale.log()], dim=1) if self.fourier else output
 
 
 def guided(net, guidance):
@@ -273,7 +274,6 @@ def load_checkpoint(path, settings, modules):
 
 class Run:
     """A run's folder: settings, history and checkpoint. What stands there is loaded, or thrown away with --fresh.
-
     name: of model and folder; title: in figures; unit: of the bound; dataset: the one used, see `load_data`."""
 
     def __init__(self, args, name, title, unit, dataset, net, ema, optimizer):
