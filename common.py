@@ -90,7 +90,7 @@ class ShuffleUnit(nn.Module):
 class UNet(nn.Module):
     """The shuffled U-Net. On CPUs it works in channels_last memory, the fastest way there. Without labels, every label
     counts as NULL_LABEL. If z is grey (one channel), the network sees its `fourier_features` as well, and its outputs
-    are eps and, if there are two, ln(std of x / sigma). Its last layer gives v = (eps - sigma x) / sqrt(1 + sigma^2)."""
+    are eps and, if two, ln(std of x / sigma); the last layer gives v = (eps - sigma x) / sqrt(1 + sigma^2) for eps."""
 
     def __init__(self, in_channels, out_channels, labels=True, width=64, units=2, condition_channels=128):
         super().__init__()

@@ -72,13 +72,13 @@ def test_kl_step_is_the_divergence_of_two_posteriors_found_on_a_grid(t):
 
 
 def test_diffusion_loss_is_the_error_of_eps(monkeypatch):
-    """A network that knows x_0, and predicts eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar), off by 0.1."""
+    """A network that knows x_0, and predicts eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar), a little off."""
     x_0 = torch.rand(64, 1, 28, 28) * 2 - 1
 
     def net(z, sigma, label):
         a = 1 / (1 + sigma ** 2)
         assert z.shape == (64, 1, 28, 28) and sigma.shape == (64, 1, 1, 1)
-        return (z - a.sqrt() * x_0) / (1 - a).sqrt() + 0.1
+        return (z - a.sqrt() * x_0) / (1 - a).sqrt() + 0.1 * a.sqrt()
     monkeypatch.setattr(torch, "randint", lambda *a, device: torch.randperm(900)[:64] + 101)  # there 1 - a is not tiny
     assert diffusion.loss(net, x_0, None).item() == pytest.approx(0.01, rel=1e-3)
 
@@ -213,8 +213,7 @@ def test_improbable_grey_values_cost_what_they_should(std, mean):
 
 def test_fourier_features_of_the_image_fade_with_its_noise():
     """The second fastest wave parts neighbours. Under noise, a feature's mean is the clean one times its damping."""
-    greys = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
-    waves = common.fourier_features(greys, torch.zeros(256, 1, 1, 1)).view(256, 16)
+    waves = common.fourier_features((torch.arange(256) / 127.5 - 1).view(-1, 1, 1, 1), torch.zeros(1)).view(256, 16)
     assert torch.allclose(waves[:, 9], (-1.0) ** torch.arange(256), atol=1e-3)
     sigma = torch.tensor(0.05).view(1, 1, 1, 1)
     noisy = (0.3 + sigma * torch.randn(100000, 1, 1, 1)) / (1 + sigma ** 2).sqrt()
@@ -286,11 +285,18 @@ def test_sampler_draws_known_images_equally_often(kind, sampler, steps):
 
 def test_shuffle_unit_starts_as_the_channel_shuffle():
     """Of two groups: channel 2 i + j comes from channel j C / 2 + i (ShuffleNet §3.1); in channels_last memory."""
-    C = 32
-    x = torch.randn(2, C, 3, 3).to(memory_format=torch.channels_last)
+    C, x = 32, torch.randn(2, 32, 3, 3).to(memory_format=torch.channels_last)
     shuffled = common.ShuffleUnit(C, 4)(x, torch.randn(2, 4))
     assert shuffled.is_contiguous(memory_format=torch.channels_last)
     assert all(shuffled[:, i].equal(x[:, i % 2 * C // 2 + i // 2]) for i in range(C))
+
+
+def test_the_network_of_grey_values_predicts_eps_and_the_std_of_x():
+    x, eps, sigma, std = torch.tensor([0.3, -0.5, 1.7, 0.2]).view(4, 1, 1, 1, 1)
+    net, scale = common.UNet(1, 2), (1 + sigma ** 2).sqrt()
+    net.head.bias.data = torch.stack([(eps - sigma * x) / scale, torch.log(std / (sigma / scale))]).flatten()
+    output = net((x + sigma * eps).expand(2, 1, 28, 28) / scale, sigma, torch.tensor([3, 4]))
+    assert torch.allclose(output, torch.cat([eps, torch.log(std / sigma)], dim=1), atol=1e-5)
 
 
 def test_averaged_weights():
@@ -298,20 +304,18 @@ def test_averaged_weights():
     net = torch.nn.Linear(1, 1, bias=False)
     ema, expected = common.ema(net), None
     for n in range(12000):
-        value = math.sin(n)
-        torch.nn.init.constant_(net.weight, value)
+        torch.nn.init.constant_(net.weight, math.sin(n))
         ema.update_parameters(net)
         decay = min(0.999, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * value if n else value
+        expected = decay * expected + (1 - decay) * math.sin(n) if n else math.sin(n)
         assert n % 997 or ema(torch.ones(1, 1)).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_frechet_distance_of_known_normals():
     """Independent coordinates with deviations s and 1: |m|^2 + sum (s - 1)^2."""
-    a = torch.randn(200000, 3, dtype=torch.float64)
     m, s = torch.tensor([0.5, -1.0, 0.0]), torch.tensor([1.0, 2.0, 0.5])
-    b = torch.randn(200000, 3, dtype=torch.float64) * s + m
-    assert common.frechet_distance(a, b) == pytest.approx((m ** 2 + (s - 1) ** 2).sum().item(), rel=0.02)
+    a, b = torch.randn(2, 200000, 3, dtype=torch.float64)
+    assert common.frechet_distance(a, b * s + m) == pytest.approx((m ** 2 + (s - 1) ** 2).sum().item(), rel=0.02)
 
 
 def test_measures_tell_good_digits_from_bad_ones(tmp_path):
