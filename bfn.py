@@ -22,7 +22,7 @@ import torch
 
 import common
 
-T_MIN = 1e-5  # the earliest t: at 0, the noise level sigma is infinite (in the paper, x_hat = 0 below a t_min)
+T_MIN = 1e-5  # the earliest t: at 0, there is no theta / beta (in the paper, x_hat = 0 below a t_min)
 
 
 # -------------------------------------------------------------------------------------------------- the messages
@@ -33,8 +33,8 @@ T_MIN = 1e-5  # the earliest t: at 0, the noise level sigma is infinite (in the 
 # For classes (one-hot) this is eq. 157. For grey values, the paper's message is y / alpha, which is x with noise of
 # variance 1 / alpha (eq. 86). Bayes' rule becomes an addition, theta' = theta + y: theta is the sum of all messages so
 # far, and beta their total accuracy. Bob's belief is, for grey values, a Gaussian of mean mu = theta / (1 + beta) and
-# precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior). (The paper calls
-# these theta.) theta / beta is s(x) with noise of std sigma = sqrt(c / beta), the noise level.
+# precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior). (In the paper,
+# the belief itself is theta.) theta / beta is s(x) with noise of std sigma = sqrt(c / beta), the noise level.
 
 def sender(data, x, alpha, eps):
     """A message y about x of accuracy alpha, [B, 1, 1, 1], made from noise eps ~ N(0, I) of x's shape."""
@@ -77,7 +77,7 @@ class Continuous:
     def output(self, net, theta, t, label):
         """The network predicts eps in theta / beta = x + sigma eps; x_hat = theta / beta - sigma eps (eq. 84).
 
-        Not in the paper: in place of mu and t, it sees theta / beta scaled to unit size, and sigma."""
+        Not in the paper: in place of mu and t, it sees theta / beta, scaled to the size of an image, and sigma."""
         sigma = self.beta(t) ** -0.5
         view = theta / self.beta(t)
         prediction = net(view / (1 + sigma ** 2).sqrt(), sigma, label)
@@ -170,10 +170,10 @@ def loss_at(data, net, x, t, label):
 
 
 def loss(data, net, x, label):
-    """Algorithms 2, 5, 8: L_inf per pixel, with other weights, a scalar. (L_r, see `bound`, is small, and left out.)
+    """Algorithms 2, 5, 8: L_inf per pixel, a scalar. (L_r, see `bound`, is small, and left out.)
 
-    Not in the paper: t is not uniform but u^warp, with uniform u, and the loss is not reweighted for that. So early
-    times, when a digit takes shape (for grey values, t < 0.1), count more, and digits are better."""
+    Not in the paper: t is not uniform but u^warp, with uniform u, and the loss is not divided by its density. So early
+    times, when a digit takes shape (of grey values: t < 0.1), count more than in L_inf, and digits are better."""
     t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device) ** data.warp
     return loss_at(data, net, x, t, label).mean() / 784
 
@@ -185,9 +185,9 @@ def sample(data, net, label, steps, sampler):
     (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times (from
     T_MIN on), and messages about draws from the output distribution (for continuous data, x_hat).
 
-    Not in the paper: the samplers "mean" and "ode" (Xue et al. 2024, arXiv 2404.15766), which need fewer steps. Their
-    times are u^warp, as in training. In "mean", messages are about x_hat, not about a draw. "ode" adds no noise: it
-    solves theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
+    Not in the paper: the samplers "mean" and "ode" (after Xue et al. 2024, arXiv 2404.15766) need fewer steps. Times
+    are u^warp, as in training. In "mean", messages are about x_hat (for continuous data, only the times differ). "ode"
+    adds no noise: it solves theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
     times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else u ** data.warp)
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)

@@ -32,7 +32,7 @@ def signal_and_noise(t):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), the coefficients of x_0 and eps in x_t, [B or 1, 1, 1, 1].
 
     Not in the paper: alpha_bar_t = cos^2(pi/2 t / (T + 1)) (after Nichol & Dhariwal 2021, arXiv 2102.09672), where the
-    paper's beta_t is linear. The bound is 0.2 bits/dim lower. (T + 1, as `predict` divides by signal.)
+    paper's beta_t is linear. The bound is 0.2 bits/dim lower. (T + 1 keeps signal above 0: `predict` divides by it.)
     """
     angle = math.pi / 2 * t.view(-1, 1, 1, 1) / (T + 1)
     return angle.cos(), angle.sin()
@@ -66,8 +66,9 @@ def predict(net, x_t, t, label):
 def loss(net, x_0, label):
     """Algorithm 1 without the gradient step: the mean squared error of eps at random t, a scalar.
 
-    Not in the paper: it is divided by alpha_bar_t (the weight "SNR + 1" of Salimans & Ho 2022, arXiv 2202.00512). So
-    noisy steps, in which a digit takes shape, count more: a classifier reads 97% of the digits as asked, without 94%.
+    Not in the paper: it is divided by alpha_bar_t (in Salimans & Ho 2022, arXiv 2202.00512: weight SNR + 1 on x_0). So
+    noisy steps, in which a digit takes shape, count more. A classifier reads 97% of drawn digits as the digit asked
+    for, 94% without this.
     """
     t = torch.randint(1, T + 1, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -79,13 +80,13 @@ def loss(net, x_0, label):
 @torch.no_grad()
 def sample(net, label, steps, sampler):
     """Draws an image for each label [N]. Yields (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last
-    (x_0, x_0). With steps = T, the sampler "ancestral" is algorithm 2 with sigma_t^2 = beta_tilde_t (eq. 7). Its mean
-    (eq. 11) is mu_tilde_t(x_t, x_0_hat) (eq. 7).
+    (x_0, x_0). With steps = T, the sampler "ancestral" is algorithm 2 with sigma_t^2 = beta_tilde_t (eq. 7). (The mean,
+    eq. 11 with eps_hat, is that of eq. 7 with x_0_hat.)
 
     Not in the paper: a step may go from t to any s < t, so that few steps suffice; s takes the place of t - 1.
 
     Not in the paper: the sampler "ddim" adds no noise: x_s is eq. 4 at s, with the predictions of x_0 and eps (Song et
-    al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0).
+    al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0; its alpha is alpha_bar here).
     """
     x_t = torch.randn(len(label), 1, 28, 28, device=label.device)
     times = torch.linspace(T, 0, steps + 1, device=label.device)
@@ -98,7 +99,7 @@ def sample(net, label, steps, sampler):
             beta = 1 - alpha
             beta_tilde = noise_s ** 2 / noise_t ** 2 * beta  # 0 in the last step: no noise, as in algorithm 2
             z = torch.randn_like(x_t)
-            x_t = (x_t - beta / noise_t * eps_hat) / alpha.sqrt() + beta_tilde.sqrt() * z  # mean: eq. 11
+            x_t = (x_t - beta / noise_t * eps_hat) / alpha.sqrt() + beta_tilde.sqrt() * z
         else:  # ddim
             x_t = signal_s * x_0_hat + noise_s * eps_hat
     yield x_t, x_t
@@ -123,9 +124,9 @@ def bound(net, x_0, label):
 
     L = L_T + sum_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + E[-ln p(x_0 | x_1)]
 
-    L_T is below 0.001 nats, and left out. The sum is estimated from one random t for each image: term / probability.
-    The probability of t falls as t^-1.4, because the terms do roughly; so the estimate varies little. In the last term,
-    p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13); beta_tilde_1 is 0.
+    L_T is below 0.001 nats, and left out. The sum is estimated from one random t for each image: the term, divided by
+    the probability of t. This falls as t^-1.4, because the terms do roughly; so the estimate varies little. In the last
+    term, p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13), since beta_tilde_1 is 0.
     """
     probability = torch.arange(2, T + 1, device=x_0.device) ** -1.4
     probability = probability / probability.sum()
