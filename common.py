@@ -155,9 +155,9 @@ def discretized_normal_nll(x, mean, std):
 
 
 def discretized_normal_mean(mean, std):
-    """The mean of N(mean, std^2) rounded to one of the 256 grey values in [-1, 1], all [B, 1, 28, 28] (BFN §5.5): in
-    units of 0..255, sum_{j=1..255} P(X > j - 1/2). If std is below 1 unit, only the ten terms nearest to the mean are
-    computed, earlier ones are 1, later ones 0. If not, X is clipped but not rounded: 0.02 off at most."""
+    """The mean of X, N(mean, std^2) rounded to one of the 256 grey values in [-1, 1], all [B, 1, 28, 28] (BFN §5.5).
+    In units of 0..255 it is sum_{j=1..255} P(X > j - 1/2). If std is below 1 unit, only the ten terms nearest to the
+    mean are computed, earlier ones are 1, later ones 0. If not, X is clipped but not rounded: 0.02 off at most."""
     normal = torch.distributions.Normal(0.0, 1.0, validate_args=False)
     m, sigma = (mean + 1) * 127.5, std * 127.5
     narrow = near = m.detach().round().clamp(0, 255)

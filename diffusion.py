@@ -126,7 +126,7 @@ def bound(net, x_0, label):
 
     L_T is below 0.001 nats, and left out. The sum is estimated from one random t for each image: the term, divided by
     the probability of t. This falls as t^-1.4, because the terms do roughly; so the estimate varies little. In the last
-    term, p is N(x_0_hat, beta_1 I), discretized into the 256 grey values (eq. 13), since beta_tilde_1 is 0.
+    term, p is N(x_0_hat, beta_1 I) (beta_tilde_1 is 0), discretized into the 256 grey values (eq. 13).
     """
     probability = torch.arange(2, T + 1, device=x_0.device) ** -1.4
     probability = probability / probability.sum()
