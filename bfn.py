@@ -22,7 +22,7 @@ import torch
 
 import common
 
-T_MIN = 1e-5  # the earliest t: at 0, there is no theta / beta (in the paper, x_hat = 0 below a t_min)
+T_MIN = 1e-5  # beta(t) takes earlier t for this: at 0, there is no theta / beta (in the paper, x_hat = 0 below a t_min)
 
 
 # -------------------------------------------------------------------------------------------------- the messages
@@ -66,7 +66,7 @@ class Continuous:
 
     def beta(self, t):
         """beta = sigma_1^(-2t) - 1: the std of Bob's belief, (1 + beta)^(-1/2), is sigma_1^t (eq. 72)."""
-        return torch.expm1(-2 * math.log(self.sigma_1) * t.view(-1, 1, 1, 1))
+        return torch.expm1(-2 * math.log(self.sigma_1) * t.clamp(min=T_MIN).view(-1, 1, 1, 1))
 
     def alpha(self, t):
         return -2 * math.log(self.sigma_1) * (1 + self.beta(t))  # eq. 74
@@ -129,7 +129,7 @@ class Discrete:
         return self.K * x - 1
 
     def beta(self, t):
-        return self.beta_1 * t.view(-1, 1, 1, 1) ** 2  # eq. 182
+        return self.beta_1 * t.clamp(min=T_MIN).view(-1, 1, 1, 1) ** 2  # eq. 182
 
     def alpha(self, t):
         return 2 * self.beta_1 * t.view(-1, 1, 1, 1)  # eq. 183
@@ -174,7 +174,7 @@ def loss(data, net, x, label):
 
     Not in the paper: t is not uniform but u^warp, with uniform u, and the loss is not divided by its density. So early
     times, when a digit takes shape (of grey values: t < 0.1), count more than in L_inf, and digits are better."""
-    t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device) ** data.warp
+    t = torch.rand(len(x), device=x.device) ** data.warp
     return loss_at(data, net, x, t, label).mean() / 784
 
 
@@ -182,16 +182,16 @@ def loss(data, net, x, label):
 @torch.no_grad()
 def sample(data, net, label, steps, sampler):
     """Draws an image for each label [N]. Yields (belief, x_hat), each [N, 1, 28, 28], before each step, and last
-    (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times (from
-    T_MIN on), and messages about draws from the output distribution (for continuous data, x_hat).
+    (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times,
+    and messages about draws from the output distribution (for continuous data, x_hat).
 
     Not in the paper: the samplers "mean" and "ode" (after Xue et al. 2024, arXiv 2404.15766) need fewer steps. Times
     are u^warp, as in training. In "mean", messages are about x_hat (for continuous data, only the times differ). "ode"
     adds no noise: it solves theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
-    times = T_MIN + (1 - T_MIN) * (u if sampler == "paper" else u ** data.warp)
+    times = u if sampler == "paper" else u ** data.warp
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)
-    theta = (data.c * data.beta(times[0])).sqrt() * eps  # as `flow`, without s(x), which is negligible at T_MIN
+    theta = (data.c * data.beta(times[0])).sqrt() * eps  # as `flow`, without s(x), which is negligible here
     for t, t_next in zip(times[:-1], times[1:]):
         output = data.output(net, theta, t, label)
         x_hat = data.mean(output)
@@ -210,10 +210,10 @@ def sample(data, net, label, steps, sampler):
 # ------------------------------------------------------------------------------------------------- the likelihood
 @torch.no_grad()
 def bound(data, net, images, label):
-    """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf, the cost of the messages (up to T_MIN it is
-    about 0.05 at most, and left out), plus L_r, that of the image itself, given Bob's last prediction."""
+    """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf, the cost of the messages, plus L_r,
+    that of the image itself, given Bob's last prediction."""
     x = data.encode(images)
-    t = T_MIN + (1 - T_MIN) * torch.rand(len(x), device=x.device)
+    t = torch.rand(len(x), device=x.device)
     messages = loss_at(data, net, x, t, label)
     t = torch.ones_like(t)
     output = data.output(net, flow(data, x, t, torch.randn_like(x)), t, label)
