@@ -22,7 +22,7 @@ import torch
 
 import common
 
-T_MIN = 1e-5  # beta(t) takes earlier t for this: at 0, there is no theta / beta (in the paper, x_hat = 0 below a t_min)
+T_MIN = 1e-5  # before it, beta(t) is constant: at 0, there is no theta / beta (in the paper, x_hat = 0 before a t_min)
 
 
 # -------------------------------------------------------------------------------------------------- the messages
