@@ -33,8 +33,8 @@ T_MIN = 1e-5  # before it, beta(t) is constant: at 0, there is no theta / beta (
 # For classes (one-hot) this is eq. 157. For grey values, the paper's message is y / alpha, which is x with noise of
 # variance 1 / alpha (eq. 86). Bayes' rule becomes an addition, theta' = theta + y: theta is the sum of all messages so
 # far, and beta their total accuracy. Bob's belief is, for grey values, a Gaussian of mean mu = theta / (1 + beta) and
-# precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior). (In the paper,
-# the belief itself is theta.) theta / beta is s(x) with noise of std sigma = sqrt(c / beta), the noise level.
+# precision 1 + beta (eq. 49, 50; prior N(0, 1)), for classes softmax(theta) (eq. 171; uniform prior). (The paper
+# calls the belief theta.) theta / beta is s(x) with noise of std sigma = sqrt(c / beta), the noise level.
 
 def sender(data, x, alpha, eps):
     """A message y about x of accuracy alpha, [B, 1, 1, 1], made from noise eps ~ N(0, I) of x's shape."""
@@ -49,7 +49,7 @@ def flow(data, x, t, eps):
 
 # --------------------------------------------------------------------------------------------- the types of data
 #   encode(images) -> x, decode(x) -> images      images are float [B, 1, 28, 28] in [-1, 1]; for s(x) and c see above
-#   beta(t), alpha(t)                             total accuracy at t, and d beta / dt: [B, 1, 1, 1]
+#   beta(t), alpha(t)                             total accuracy at t (see T_MIN), and d beta / dt: [B, 1, 1, 1]
 #   belief(theta, t)                              the mean of the input distribution
 #   output(net, theta, t, label)                  the parameters of the output distribution
 #   mean(output), draw(output), nll(output, x)    its mean x_hat; a draw from it; -ln p(x) of each pixel, in nats
@@ -77,11 +77,11 @@ class Continuous:
     def output(self, net, theta, t, label):
         """The network predicts eps in theta / beta = x + sigma eps; x_hat = theta / beta - sigma eps (eq. 84).
 
-        Not in the paper: in place of mu and t, it sees theta / beta, scaled to the size of an image, and sigma."""
+        Not in the paper: in place of mu and t, it sees theta / beta, scaled to unit size, and sigma."""
         sigma = self.beta(t) ** -0.5
         view = theta / self.beta(t)
         prediction = net(view / (1 + sigma ** 2).sqrt(), sigma, label)
-        eps, ln_std = prediction[:, :1], prediction[:, 1:]  # Discretized has ln_std, here it is empty
+        eps, ln_std = prediction[:, :1], prediction[:, 1:]  # ln_std is empty unless Discretized
         return torch.cat([view - sigma * eps, sigma.log() + ln_std], dim=1)
 
     def mean(self, output):
@@ -138,8 +138,8 @@ class Discrete:
         return theta.softmax(1)
 
     def output(self, net, theta, t, label):
-        """Not in the paper: in place of t, the network is given sigma. theta is added to its output: theta is what a
-        pixel's own messages tell, so the network need only add what the other pixels tell."""
+        """Not in the paper: in place of t, the network is given sigma. theta is added to its output: theta holds
+        a pixel's own messages, so the network need only add what the other pixels tell."""
         return theta + net(2 * self.belief(theta, t) - 1, (self.K / self.beta(t)).sqrt(), label)
 
     def mean(self, output):
@@ -172,8 +172,8 @@ def loss_at(data, net, x, t, label):
 def loss(data, net, x, label):
     """Algorithms 2, 5, 8: L_inf per pixel, a scalar. (L_r, see `bound`, is small, and left out.)
 
-    Not in the paper: t is not uniform but u^warp, with uniform u, and the loss is not divided by its density. So early
-    times, when a digit takes shape (of grey values: t < 0.1), count more than in L_inf, and digits are better."""
+    Not in the paper: t is u^warp with uniform u, and the loss is not reweighted to make up for it. So early times, when
+    a digit takes shape (for grey values, t < 0.1), count more than in L_inf, and digits are better."""
     t = torch.rand(len(x), device=x.device) ** data.warp
     return loss_at(data, net, x, t, label).mean() / 784
 
@@ -185,13 +185,13 @@ def sample(data, net, label, steps, sampler):
     (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times,
     and messages about draws from the output distribution (for continuous data, x_hat).
 
-    Not in the paper: the samplers "mean" and "ode" (after Xue et al. 2024, arXiv 2404.15766) need fewer steps. Times
-    are u^warp, as in training. In "mean", messages are about x_hat (for continuous data, only the times differ). "ode"
-    adds no noise: it solves theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
+    Not in the paper: the samplers "mean" and "ode" (after Xue et al. 2024, arXiv 2404.15766) need fewer steps. Their
+    times are u^warp, as in training. "mean" sends messages about x_hat (for continuous data, "paper" does so too).
+    "ode" adds no noise: it solves theta = flow(x_hat, t, eps) for eps, and goes to flow(x_hat, t_next, eps)."""
     u = torch.linspace(0, 1, steps + 1, device=label.device)
     times = u if sampler == "paper" else u ** data.warp
     eps = torch.randn(len(label), data.channels, 28, 28, device=label.device)
-    theta = (data.c * data.beta(times[0])).sqrt() * eps  # as `flow`, without s(x), which is negligible here
+    theta = (data.c * data.beta(times[0])).sqrt() * eps  # `flow` at T_MIN, where s(x) is negligible
     for t, t_next in zip(times[:-1], times[1:]):
         output = data.output(net, theta, t, label)
         x_hat = data.mean(output)

@@ -68,7 +68,7 @@ def loss(net, x_0, label):
 
     Not in the paper: it is divided by alpha_bar_t (in Salimans & Ho 2022, arXiv 2202.00512: weight SNR + 1 on x_0). So
     noisy steps, in which a digit takes shape, count more. A classifier reads 97% of drawn digits as the digit asked
-    for, 94% without this. (common.UNet predicts eps the more exactly, the smaller alpha_bar_t.)
+    for, 94% without this.
     """
     t = torch.randint(1, T + 1, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -80,8 +80,8 @@ def loss(net, x_0, label):
 @torch.no_grad()
 def sample(net, label, steps, sampler):
     """Draws an image for each label [N]. Yields (x_t, x_0_hat), each [N, 1, 28, 28], before each step, and last
-    (x_0, x_0). With steps = T, the sampler "ancestral" is algorithm 2 with sigma_t^2 = beta_tilde_t (eq. 7). (The mean,
-    eq. 11 with eps_hat, is that of eq. 7 with x_0_hat.)
+    (x_0, x_0). With steps = T, the sampler "ancestral" is algorithm 2 with sigma_t^2 = beta_tilde_t (eq. 7). (Its
+    mean, eq. 11 with eps_hat, is that of eq. 7 with x_0_hat.)
 
     Not in the paper: a step may go from t to any s < t, so that few steps suffice; s takes the place of t - 1.
 
@@ -124,9 +124,9 @@ def bound(net, x_0, label):
 
     L = L_T + sum_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + E[-ln p(x_0 | x_1)]
 
-    L_T is below 0.001 nats, and left out. The sum is estimated from one random t for each image: the term, divided by
-    the probability of t. This falls as t^-1.4, because the terms do roughly; so the estimate varies little. In the last
-    term, p is N(x_0_hat, beta_1 I) (beta_tilde_1 is 0), discretized into the 256 grey values (eq. 13).
+    L_T is below 0.001 nats, and left out. The sum is estimated from its term at one random t for each image, divided by
+    the probability of t. This falls as t^-1.4, roughly as the terms do, so that the estimate varies little. In the last
+    term, p is N(x_0_hat, beta_1 I), as beta_tilde_1 is 0, discretized into the 256 grey values (eq. 13).
     """
     probability = torch.arange(2, T + 1, device=x_0.device) ** -1.4
     probability = probability / probability.sum()
