@@ -138,8 +138,8 @@ class Discrete:
         return theta.softmax(1)
 
     def output(self, net, theta, t, label):
-        """Not in the paper: in place of t, the network is given sigma. theta is added to its output: theta holds
-        a pixel's own messages, so the network need only add what the other pixels tell."""
+        """Not in the paper: in place of t, the network is given sigma. theta is added to its output: theta holds a
+        pixel's own messages, so the network need only add what the other pixels tell."""
         return theta + net(2 * self.belief(theta, t) - 1, (self.K / self.beta(t)).sqrt(), label)
 
     def mean(self, output):
@@ -182,8 +182,8 @@ def loss(data, net, x, label):
 @torch.no_grad()
 def sample(data, net, label, steps, sampler):
     """Draws an image for each label [N]. Yields (belief, x_hat), each [N, 1, 28, 28], before each step, and last
-    (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times,
-    and messages about draws from the output distribution (for continuous data, x_hat).
+    (belief, a draw from the output distribution). The sampler "paper" is algorithms 3, 6, 9: evenly spaced times, and
+    messages about draws from the output distribution (for continuous data, x_hat).
 
     Not in the paper: the samplers "mean" and "ode" (after Xue et al. 2024, arXiv 2404.15766) need fewer steps. Their
     times are u^warp, as in training. "mean" sends messages about x_hat (for continuous data, "paper" does so too).
@@ -210,8 +210,8 @@ def sample(data, net, label, steps, sampler):
 # ------------------------------------------------------------------------------------------------- the likelihood
 @torch.no_grad()
 def bound(data, net, images, label):
-    """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf, the cost of the messages, plus L_r,
-    that of the image itself, given Bob's last prediction."""
+    """Estimates, [B], of an upper bound on -ln p(x | label) in nats: L_inf, the cost of the messages, plus L_r, that
+    of the image itself, given Bob's last prediction."""
     x = data.encode(images)
     t = torch.rand(len(x), device=x.device)
     messages = loss_at(data, net, x, t, label)
